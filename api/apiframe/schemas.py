@@ -1,0 +1,222 @@
+"""Apiframe's words: what its requests may hold and what its answers look like.
+
+Where its model page and its OpenAPI document differ, requests accept both and answers take the document's form.
+"""
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+from uuid import UUID
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
+
+from api.intake import draw_seed
+from core.apiframe import timestamp
+from core.options import MAX_SEED, OutputFormat, UpscaleOptions
+from db.models import JobStatus, WebhookEvent
+
+MODEL = "clarity-upscale"
+PARAMS_FIELD = "clarityUpscaleParams"
+
+Timestamp = Annotated[datetime, PlainSerializer(timestamp, return_type=str)]
+Prompt = Annotated[str, StringConstraints(max_length=2000)]
+
+
+def _step(step: float) -> dict[str, Any]:
+    # The page's steps are those of its sliders; its OpenAPI document takes any value in range, and so do we.
+    return {"x-step": step}
+
+
+def _as_number(value: Any) -> Any:
+    """Read the page's "2" and the document's 2 alike; leave whatever is neither for the Literal to refuse."""
+    if isinstance(value, str) and re.fullmatch("[0-9]", value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return "true or false" if isinstance(value, bool) else value  # True would pass for 1
+
+
+ScaleFactor = Annotated[
+    Literal[1, 2, 4, 8],
+    BeforeValidator(_as_number),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "enum": [1, 2, 4, 8]}, {"type": "string", "enum": ["1", "2", "4", "8"]}]}
+    ),
+]
+
+
+class Request(BaseModel):
+    # Strict: "0.35" is no number and 1 is no string. A field nobody knows is refused by its name.
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ClarityUpscaleParams(Request):
+    """The parameters of clarity-upscale; defaults and ranges are the model page's."""
+
+    image: Annotated[str, StringConstraints(min_length=1)] = Field(
+        description="An http(s) URL, a data URI with base64, or upload://<id> of an upload."
+    )
+    prompt: Prompt = Field("", description="Describes the kind of detail to add.")
+    negative_prompt: Prompt = Field("", description="Describes what to keep out.")
+    scale_factor: ScaleFactor = Field(2, description="Output side over input side.")
+    creativity: float = Field(0.35, ge=0, le=1, json_schema_extra=_step(0.05), description="How much is invented.")
+    resemblance: float = Field(
+        0.6, ge=0, le=3, json_schema_extra=_step(0.05), description="How tightly to stick to the input."
+    )
+    dynamic: float = Field(6, ge=1, le=50, json_schema_extra=_step(1), description="HDR: the pull of the prompt.")
+    num_inference_steps: int = Field(18, ge=1, le=100, json_schema_extra=_step(1), description="Denoising steps.")
+    sharpen: float = Field(0, ge=0, le=10, description="Sharpening of the finished picture.")
+    output_format: Literal["png", "jpg", "webp"] = "png"
+    output_quality: int = Field(95, ge=1, le=100, description="Quality of jpg and webp. An addition of ours.")
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, json_schema_extra=_step(1), description="Repeats a result; drawn when absent."
+    )
+
+    def to_options(self, prompt: str) -> UpscaleOptions:
+        """Translate into our words; `prompt` is what holds when this has none."""
+        return UpscaleOptions(
+            scale_factor=self.scale_factor,
+            strength=self.creativity,
+            control_scale=self.resemblance,
+            guidance_scale=self.dynamic,
+            steps=self.num_inference_steps,
+            prompt=self.prompt or prompt,
+            negative_prompt=self.negative_prompt,
+            seed=draw_seed() if self.seed is None else self.seed,
+            sharpen=self.sharpen,
+            output_format=OutputFormat(self.output_format),
+            output_quality=self.output_quality,
+        )
+
+
+EventName = Literal["progress", "completed", "failed"]
+EventNames = Annotated[list[EventName], Field(min_length=1)]
+
+
+class UpscaleRequest(Request):
+    """A request to upscale one image."""
+
+    model: Literal["clarity-upscale"]
+    clarityUpscaleParams: ClarityUpscaleParams
+    prompt: Prompt = Field("", description="The same as in the parameters, where the model page also puts it.")
+    webhookUrl: str | None = Field(None, description="Where to POST events of this job.")
+    webhook_url: str | None = Field(None, description="The model page's spelling of webhookUrl.")
+    webhookEvents: EventNames | None = Field(None, description="Which events; completed and failed when absent.")
+    webhook_events: EventNames | None = Field(None, description="Another spelling of webhookEvents.")
+
+    @model_validator(mode="after")
+    def _one_spelling(self) -> Self:
+        if self.webhookUrl and self.webhook_url:
+            raise ValueError("webhookUrl and webhook_url are the same field: give one of them")
+        if self.webhookEvents and self.webhook_events:
+            raise ValueError("webhookEvents and webhook_events are the same field: give one of them")
+        return self
+
+    @property
+    def webhook_field(self) -> str:
+        return "webhook_url" if self.webhook_url else "webhookUrl"
+
+    def wanted_webhook(self) -> str | None:
+        return self.webhookUrl or self.webhook_url
+
+    def wanted_events(self) -> Sequence[WebhookEvent]:
+        named = self.webhookEvents or self.webhook_events or ("completed", "failed")
+        return [WebhookEvent(name) for name in named]
+
+
+class JobAccepted(BaseModel):
+    jobId: UUID
+    status: JobStatus
+
+
+class ListedJob(BaseModel):
+    """A job as GET /v2/jobs lists it."""
+
+    id: UUID
+    status: JobStatus
+    model: str
+    progress: int = Field(description="0 to 100.")
+    result: dict[str, Any] | None = Field(description="`images` holds one URL, readable until expiresAt.")
+    error: str | None
+    errorCode: str | None = Field(description="A stable word for why the job failed; docs/errors.md lists them.")
+    creditCost: int | None = Field(description="Always null: nothing is charged here.")
+    webhookStatus: Literal["pending", "delivered", "failed"] | None
+    createdAt: Timestamp
+    startedAt: Timestamp | None
+    completedAt: Timestamp | None
+    expiresAt: Timestamp | None
+    expired: bool
+
+
+class JobObject(ListedJob):
+    """A job as GET /v2/jobs/{id} shows it."""
+
+    input: dict[str, Any]
+
+
+class JobList(BaseModel):
+    jobs: list[ListedJob]
+    nextCursor: str | None
+    hasMore: bool
+    models: list[str] | None = None
+
+
+class UploadObject(BaseModel):
+    id: UUID
+    url: str = Field(description="Readable until expiresAt, and good as an `image`.")
+    kind: Literal["image"] = "image"
+    contentType: str
+    byteSize: int
+    expiresAt: Timestamp
+
+
+class User(BaseModel):
+    id: UUID
+    email: str | None
+    role: Literal["ADMIN", "MEMBER", "OWNER"]
+
+
+class Team(BaseModel):
+    id: str
+    name: str
+    plan: str
+    credits: int | None = Field(description="Always null: nothing is charged here.")
+    customerId: str | None
+
+
+class KeyObject(BaseModel):
+    id: UUID
+    name: str
+    prefix: str
+
+
+class Account(BaseModel):
+    user: User
+    team: Team
+    apiKey: KeyObject
+
+
+class ModelObject(BaseModel):
+    id: str
+    label: str
+    modality: Literal["image"]
+    description: str
+    pricingMode: Literal["flat"]
+    costMin: int
+    costMax: int
+    paramsKey: str
+    params: dict[str, Any] = Field(description="JSON Schema of the parameters: defaults, ranges and steps.")
+
+
+class ModelList(BaseModel):
+    models: list[ModelObject]

@@ -1,0 +1,1 @@
+"""What a person types: the one package that starts processes."""

@@ -1,0 +1,39 @@
+"""How child processes begin and end."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+# Asks the kernel to end this process with its parent, then becomes the program under the same pid. A program of its
+# own and not a preexec_fn, which may deadlock in a process that has threads.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def die_with_parent(command: Sequence[str]) -> list[str]:
+    """Wrap a command, whose first word is a path, so that it gets SIGTERM should this thread's process be killed.
+
+    Only Linux can do that; elsewhere the command stays as it is.
+    """
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]], patience_seconds: float) -> None:
+    """End processes together: SIGTERM, and SIGKILL for those that have not ended when patience is over."""
+    for process in processes:
+        process.terminate()
+    give_up_at = time.monotonic() + patience_seconds
+    for process in processes:
+        try:
+            process.wait(max(0.1, give_up_at - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

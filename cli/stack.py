@@ -1,0 +1,219 @@
+"""The whole service on one machine: PostgreSQL, Redis, and our own processes, started and stopped in order."""
+
+import asyncio
+import os
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from cli.embedded import Postgres, Redis
+from cli.migrations import upgrade
+from cli.processes import die_with_parent, stop
+from core.errors import DeploymentError
+from core.settings import PREFIX, Settings, load_settings
+from db import keys
+from db.session import Database
+
+READY_SECONDS = 60.0
+STOP_SECONDS = 30.0
+"""How long our processes get to finish what they do; a worker finishes its job."""
+
+PROCESSES = ("api", "worker", "dispatcher")
+
+
+class Stack:
+    """A context manager around everything that one machine needs.
+
+    Servers that the environment names (UPSCALED_DATABASE_URL, UPSCALED_REDIS_URL) are used; those it does not name are
+    started. The processes are told everything by their environment, exactly as in production.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        workers: int = 1,
+        logs: Path | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        """`logs` takes what our processes write; without it they share our standard error."""
+        self._folder = folder.resolve()
+        self._host, self._port = host, port
+        self._workers = workers
+        self._logs = logs
+        self._given = environ
+        self._stack = ExitStack()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http://{self._host}:{self._port}"
+
+    def __enter__(self) -> Self:
+        # Ended by a signal we still stop what we started: SIGTERM becomes an exception like Ctrl-C's.
+        signal.signal(signal.SIGTERM, _raise_exit)
+        with ExitStack() as started:
+            _make_private_folder(self._folder)
+            self.environment = self._start_servers(started)
+            self.settings = load_settings(**_as_overrides(self.environment))
+            upgrade(self.settings.database_url)
+            self.key = self._first_key()
+            started.callback(self._stop_processes)
+            self._start_processes()
+            self._wait_until_ready()
+            self._stack = started.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def wait(self) -> None:
+        """Return on Ctrl-C; raises DeploymentError when one of our processes ends by itself."""
+        try:
+            while True:
+                self._require_running()
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            return
+
+    def _start_servers(self, started: ExitStack) -> dict[str, str]:
+        environment = {
+            f"{PREFIX}PUBLIC_URL": self.url,
+            f"{PREFIX}STORAGE_DIR": str(self._folder / "storage"),
+            f"{PREFIX}SECRET_KEY": _kept_secret(self._folder / "secret-key"),
+            **{name: value for name, value in self._given.items() if name.startswith(PREFIX)},
+        }
+        if f"{PREFIX}DATABASE_URL" not in environment:
+            postgres = started.enter_context(Postgres(self._folder / "postgres"))
+            environment[f"{PREFIX}DATABASE_URL"] = postgres.url()
+        if f"{PREFIX}REDIS_URL" not in environment:
+            redis = started.enter_context(Redis(self._folder / "redis"))
+            environment[f"{PREFIX}REDIS_URL"] = redis.url
+        _write_environment(self._folder, environment)
+        started.callback(_environment_file(self._folder).unlink, missing_ok=True)
+        return environment
+
+    def _first_key(self) -> str:
+        """Return the key that this folder's service was made with; the file is for its owner's eyes only."""
+        file = self._folder / "api-key"
+        if not file.exists():
+            _write_private(file, asyncio.run(create_key(self.settings, "first")))
+        return file.read_text()
+
+    def _start_processes(self) -> None:
+        self._start("api", "--host", self._host, "--port", str(self._port))
+        self._start("dispatcher")
+        for number in range(1, self._workers + 1):
+            self._start("worker", name=f"worker-{number}")
+
+    def _start(self, command: str, *arguments: str, name: str | None = None) -> None:
+        name = name or command
+        output = None if self._logs is None else (self._logs / f"{name}.log").open("ab")
+        try:
+            self.processes[name] = subprocess.Popen(
+                die_with_parent([sys.executable, "-m", "cli.main", command, *arguments]),
+                env={**self._given, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C is ours: we stop them, in order
+            )
+        finally:
+            if output is not None:
+                output.close()
+
+    def _wait_until_ready(self) -> None:
+        give_up_at = time.monotonic() + READY_SECONDS
+        while time.monotonic() < give_up_at:
+            self._require_running()
+            try:
+                with urllib.request.urlopen(f"{self.url}/readyz", timeout=5):
+                    return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.1)
+        raise DeploymentError(f"The API did not come up on {self.url} within {READY_SECONDS:g} seconds.")
+
+    def _require_running(self) -> None:
+        for name, process in self.processes.items():
+            if process.poll() is not None:
+                raise DeploymentError(f"{name} ended by itself with status {process.returncode}.{self._tail(name)}")
+
+    def _tail(self, name: str) -> str:
+        if self._logs is None:
+            return ""
+        lines = (self._logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        return f" It said: {' | '.join(lines[-3:])}"
+
+    def _stop_processes(self) -> None:
+        stop(list(self.processes.values()), STOP_SECONDS)
+
+
+async def create_key(settings: Settings, name: str) -> str:
+    """Make an API key in the settings' database and return it."""
+    database = Database(settings)
+    try:
+        async with database.connection() as connection:
+            return await keys.create(connection, name)
+    finally:
+        await database.close()
+
+
+def read_environment(folder: Path) -> dict[str, str]:
+    """Return the settings of the service that runs on `folder`; nothing when ours name a database, or none runs."""
+    file = _environment_file(folder)
+    if f"{PREFIX}DATABASE_URL" in os.environ or not file.exists():
+        return {}
+    pairs = (shlex.split(line)[0].partition("=") for line in file.read_text().splitlines())
+    return _as_overrides({name: value for name, _, value in pairs})
+
+
+def _as_overrides(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name.removeprefix(PREFIX).lower(): value for name, value in environment.items()}
+
+
+def _environment_file(folder: Path) -> Path:
+    return folder / "environment"
+
+
+def _write_environment(folder: Path, environment: Mapping[str, str]) -> None:
+    lines = (f"{name}={shlex.quote(value)}\n" for name, value in sorted(environment.items()))
+    _write_private(_environment_file(folder), "".join(lines))
+
+
+def _kept_secret(file: Path) -> str:
+    if not file.exists():
+        _write_private(file, secrets.token_urlsafe(48))
+    return file.read_text()
+
+
+def _make_private_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeploymentError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+
+
+def _write_private(file: Path, content: str) -> None:
+    part = file.with_name(f"{file.name}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as opened:
+        opened.write(content)
+    part.replace(file)
+
+
+def _raise_exit(signum: int, _frame: object) -> None:
+    sys.exit(128 + signum)

@@ -1,0 +1,134 @@
+"""The one tree of errors, sorted by who can mend them.
+
+    UpscaledError
+    ├── RequestError      the caller can: change the request
+    ├── TransientError    time can: try again
+    ├── DeploymentError   the operator can: change how a process is started
+    ├── LeaseLost         nobody need: another attempt owns the job
+    └── Stopped           nobody need: the work was told to stop
+
+Every leaf has a stable `code` that is shown to callers, stored on failed jobs and sent in webhooks. `docs/errors.md`
+lists them. Errors of libraries are translated where the library is called.
+"""
+
+from collections.abc import Mapping, Sequence
+
+
+class UpscaledError(Exception):
+    """Root of every error this project raises on purpose; `str()` of it is one sentence fit for a caller."""
+
+    code = "internal"
+
+
+class RequestError(UpscaledError):
+    """The caller can mend it by changing the request; retrying the same request never helps."""
+
+    code = "bad_request"
+
+
+class ValidationError(RequestError):
+    """A field of the request is wrong; `details` maps the field's path to its complaints."""
+
+    code = "validation_error"
+
+    def __init__(self, details: Mapping[str, Sequence[str]]) -> None:
+        self.details = {field: list(messages) for field, messages in details.items()}
+        super().__init__("; ".join(f"{field}: {', '.join(messages)}" for field, messages in self.details.items()))
+
+
+class MissingApiKey(RequestError):
+    code = "missing_api_key"
+
+
+class InvalidApiKey(RequestError):
+    code = "invalid_api_key"
+
+
+class KeyInactive(RequestError):
+    code = "key_inactive"
+
+
+class Forbidden(RequestError):
+    code = "forbidden"
+
+
+class NotFound(RequestError):
+    code = "not_found"
+
+
+class PayloadTooLarge(RequestError):
+    code = "payload_too_large"
+
+
+class UnsupportedMediaType(RequestError):
+    code = "unsupported_media_type"
+
+
+class UrlNotAllowed(RequestError):
+    """The URL's scheme, port or address is one the service does not reach."""
+
+    code = "url_not_allowed"
+
+
+class InputFetchFailed(RequestError):
+    """The image URL answered, but not with an image: 404, a redirect loop, a name that does not exist, …"""
+
+    code = "input_fetch_failed"
+
+
+class InputTooLarge(RequestError):
+    code = "input_too_large"
+
+
+class InputNotImage(RequestError):
+    """The bytes are not a complete PNG, JPEG or WebP picture."""
+
+    code = "input_not_image"
+
+
+class OutputTooLarge(RequestError):
+    """The upscaled picture would pass the pixel limit or the side limit of its format."""
+
+    code = "output_too_large"
+
+
+class TransientError(UpscaledError):
+    """Time can mend it: the same request may succeed later."""
+
+    code = "unavailable"
+
+
+class OutOfMemory(TransientError):
+    code = "out_of_memory"
+
+
+class StorageUnavailable(TransientError):
+    code = "storage_unavailable"
+
+
+class DatabaseUnavailable(TransientError):
+    code = "database_unavailable"
+
+
+class InputUnreachable(TransientError):
+    """The image URL's server did not answer in time, refused the connection or answered 5xx."""
+
+    code = "input_fetch_failed"
+
+
+class DeploymentError(UpscaledError):
+    """The operator can mend it by changing a setting or installing a part; a process stops at start with this line."""
+
+    code = "deployment"
+
+
+class LeaseLost(UpscaledError):
+    """Another attempt owns the job, or it is over: whatever this attempt made is worthless."""
+
+    code = "lease_lost"
+
+
+class Stopped(UpscaledError):
+    """`should_stop()` answered true, so the engine gave up at its next step."""
+
+    code = "stopped"

@@ -1,0 +1,104 @@
+"""The hint: a Celery message without content that says "there is work in this pool". Imports no task code."""
+
+import logging
+import threading
+from collections.abc import Mapping
+from queue import SimpleQueue
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.asyncio import Redis
+
+from core.settings import Settings
+
+POOL = "upscale"
+"""The pool of workers that a hint is for: the name of the Celery queue and, with Redis, of its list."""
+
+TASK = "upscaled.claim_next"
+
+logger = logging.getLogger(__name__)
+
+_CELERY_SETTINGS: Mapping[str, Any] = {
+    "task_default_queue": POOL,
+    "task_ignore_result": True,
+    "task_store_errors_even_if_ignored": False,
+    "task_serializer": "json",
+    "accept_content": ["json"],
+    # Late ack and no hoarding: a hint leaves Redis when its job is over, and waits for nobody in particular.
+    "task_acks_late": True,
+    "task_reject_on_worker_lost": True,
+    "worker_prefetch_multiplier": 1,
+    # On Redis this would kill the job on a disconnect and leave its hint hidden until the visibility timeout.
+    "worker_cancel_long_running_tasks_on_connection_loss": False,
+    "worker_enable_remote_control": False,
+    "worker_send_task_events": False,
+    "worker_hijack_root_logger": False,
+    "task_create_missing_queues": True,
+    "broker_connection_retry_on_startup": True,
+    "broker_connection_max_retries": None,
+    "broker_pool_acquire_timeout": 2,
+    "visibility_timeout": 3600,
+    "broker_transport_options": {
+        "visibility_timeout": 3600,
+        "unacked_restore_interval": 15,
+        "unacked_restore_throttle": 1,
+        # Without these a half-open connection to Redis blocks for ever.
+        "socket_timeout": 5,
+        "socket_connect_timeout": 2,
+        "socket_keepalive": True,
+        "health_check_interval": 25,
+    },
+    "task_publish_retry_policy": {"max_retries": 2, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.3},
+}
+
+
+def make_celery(settings: Settings) -> Celery:
+    """Return a Celery application that knows the broker and no task."""
+    celery = Celery("upscaled", broker=settings.redis_url, set_as_current=False)
+    celery.conf.update(_CELERY_SETTINGS)
+    return celery
+
+
+class Hints:
+    """Sends hints from a thread of its own, so that no answer to a caller ever waits for Redis.
+
+    A hint that cannot be sent is dropped: the sweep notices the queued job and sends another.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._celery = make_celery(settings)
+        self._owed: SimpleQueue[bool] = SimpleQueue()  # True: one hint; False: nothing follows
+        self._thread = threading.Thread(target=self._run, name="hints", daemon=True)
+        self._thread.start()
+
+    def send(self, count: int = 1) -> None:
+        """Owe `count` hints; returns at once."""
+        for _ in range(count):
+            self._owed.put(True)
+
+    def close(self) -> None:
+        """Send what is owed, waiting two seconds at most."""
+        self._owed.put(False)
+        self._thread.join(timeout=2)
+
+    def _run(self) -> None:
+        with self._celery as celery:
+            while self._owed.get():
+                try:
+                    celery.send_task(TASK, queue=POOL, ignore_result=True)
+                except OperationalError as error:
+                    logger.warning("hint dropped, the sweep will send another: %s", error)
+                    self._drop_owed()
+
+    def _drop_owed(self) -> None:
+        # While Redis is down each try costs up to seconds; what has piled up meanwhile is the sweep's to send.
+        while not self._owed.empty():
+            if not self._owed.get():
+                self._owed.put(False)
+                return
+
+
+async def count_hints(client: Redis) -> int:
+    """Return how many hints wait in the pool; raises redis.RedisError when Redis is down."""
+    return int(await client.llen(POOL))

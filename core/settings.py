@@ -1,0 +1,90 @@
+"""Settings shared by every process: one frozen object, built where a process starts and passed on."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import AfterValidator, Field, SecretStr, UrlConstraints
+from pydantic.networks import AnyUrl, IPvAnyNetwork
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from core.errors import DeploymentError
+
+PREFIX = "UPSCALED_"
+
+
+def _with_async_driver(url: str) -> str:
+    """Name the one driver we use in an ordinary `postgres://` or `postgresql://` address."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in ("postgres", "postgresql", "postgresql+asyncpg"):
+        raise ValueError("must begin with postgresql://")
+    return f"postgresql+asyncpg://{rest}"
+
+
+def _without_trailing_slash(url: AnyUrl) -> str:
+    return str(url).rstrip("/")
+
+
+HttpUrl = Annotated[AnyUrl, UrlConstraints(allowed_schemes=["http", "https"])]
+
+
+class Settings(BaseSettings):
+    """Read once from `UPSCALED_…` variables; each is documented in docs/settings.md."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    database_url: Annotated[str, AfterValidator(_with_async_driver)]
+    redis_url: Annotated[str, Field(pattern=r"^rediss?://")]
+    secret_key: Annotated[SecretStr, Field(min_length=32)]
+    """Signs the URLs of results; the same in every process."""
+
+    public_url: Annotated[HttpUrl, AfterValidator(_without_trailing_slash)] = "http://127.0.0.1:8000"  # pyright: ignore[reportAssignmentType]
+    """Where clients reach the API: the front of every URL we hand out."""
+
+    storage_dir: Path = Path(".upscaled/storage")
+    database_pool_size: Annotated[int, Field(ge=1)] = 10
+    """Connections to Postgres that one process may hold."""
+
+    engine: str = "auto"
+    """auto, lanczos, clarity or package.module:Class."""
+
+    max_input_bytes: Annotated[int, Field(ge=1)] = 25 * 1024 * 1024
+    """Largest image file accepted, however it arrives."""
+
+    max_output_pixels: Annotated[int, Field(ge=1)] = 100_000_000
+
+    result_ttl_seconds: Annotated[int, Field(ge=60)] = 24 * 3600
+    upload_ttl_seconds: Annotated[int, Field(ge=60)] = 2 * 3600
+
+    fetch_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Longest time that fetching an image by URL may take in all."""
+
+    webhook_timeout_seconds: Annotated[float, Field(gt=0)] = 15.0
+    webhook_retry_seconds: Annotated[tuple[float, ...], NoDecode] = (5, 300, 1800, 7200, 18_000, 36_000, 36_000)
+    """Pauses between the attempts of one delivery, comma-separated; one attempt more than pauses."""
+
+    outbound_allow: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
+    """Networks (CIDR, comma-separated) that user-given URLs may reach although they are not public."""
+
+    sweep_seconds: Annotated[float, Field(gt=0)] = 2.0
+    """How often missing hints are looked for, and how long a hint may be under way before it counts as missing."""
+
+    log_level: Annotated[str, Field(pattern="^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"
+
+    @pydantic.field_validator("webhook_retry_seconds", "outbound_allow", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment; `overrides` win over it.
+
+    Raises:
+        DeploymentError: one line that names each variable that is missing or wrong, and never shows its value.
+    """
+    try:
+        return Settings(**overrides)
+    except pydantic.ValidationError as error:
+        faults = [f"{PREFIX}{str(fault['loc'][0]).upper()}: {fault['msg']}" for fault in error.errors()]
+        raise DeploymentError("; ".join(faults)) from error

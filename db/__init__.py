@@ -1,0 +1,1 @@
+"""Everything durable: the schema, and the guarded statements that change it."""

@@ -1,0 +1,1 @@
+"""The processes that do the work: jobs, webhooks and sweeps, and the upscaler that turns images into larger ones."""

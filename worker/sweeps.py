@@ -1,0 +1,68 @@
+"""The sweep: finds what messages have lost. It compares the truth with the hints and sends what is missing."""
+
+import logging
+from datetime import timedelta
+
+import anyio
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from core.errors import DatabaseUnavailable
+from core.queue import Hints, count_hints
+from core.settings import Settings
+from db import jobs
+from db.session import Database
+
+ADVISORY_LOCK = 0x7377656570  # "sweep": whoever holds it sweeps
+
+MAX_HINTS = 1000
+"""More hints than this never need to wait in Redis: each worker takes one at a time, and the sweep comes again."""
+
+logger = logging.getLogger(__name__)
+
+
+class Sweeper:
+    """Sweeps every few seconds, in one dispatcher at a time."""
+
+    def __init__(self, settings: Settings, database: Database, redis: Redis, hints: Hints) -> None:
+        self._settings = settings
+        self._database = database
+        self._redis = redis
+        self._hints = hints
+
+    async def run(self) -> None:
+        """Sweep until cancelled; a server that is away is waited for."""
+        while True:
+            try:
+                # The lock belongs to this connection: should either die, another dispatcher takes over.
+                async with self._database.connection() as connection:
+                    await self._sweep_while_leading(connection)
+            except DatabaseUnavailable as error:
+                logger.warning("sweep put off: %s", error)
+            await anyio.sleep(self._settings.sweep_seconds)
+
+    async def _sweep_while_leading(self, connection: AsyncConnection) -> None:
+        lock = text("SELECT pg_try_advisory_lock(:lock)")
+        if not (await connection.execute(lock, {"lock": ADVISORY_LOCK})).scalar_one():
+            return
+        while True:
+            try:
+                await self.sweep(connection)
+            except RedisError as error:
+                logger.warning("sweep put off, Redis is away: %s", error)
+            await anyio.sleep(self._settings.sweep_seconds)
+
+    async def sweep(self, connection: AsyncConnection) -> int:
+        """Send a hint for each queued job that lacks one; return how many were sent.
+
+        A job that is younger than a sweep's pause is left out: its hint may be under way.
+        """
+        pause = timedelta(seconds=self._settings.sweep_seconds)
+        queued = await jobs.count_queued(connection, pause, MAX_HINTS)
+        missing = queued - await count_hints(self._redis) if queued else 0
+        if missing > 0:
+            logger.info("%d jobs queued without a hint: sending", missing)
+            self._hints.send(missing)
+        return max(0, missing)

@@ -1,0 +1,1 @@
+"""Images in, larger images out: no queue, no database and no bucket is known in here."""

@@ -1,0 +1,67 @@
+"""What an engine is, and the picture that goes into one and comes out of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from core.options import UpscaleOptions
+
+Levels: TypeAlias = npt.NDArray[np.uint8]
+"""Samples as files hold them: 0 to 255."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """Hold one picture: colours in sRGB, and how opaque each pixel is.
+
+    Raises: ValueError when the arrays are not uint8, empty, or not of one size.
+    """
+
+    rgb: Levels
+    """(height, width, 3), not multiplied by alpha."""
+
+    alpha: Levels | None = None
+    """(height, width), 0 transparent to 255 opaque; None where the picture has no transparency."""
+
+    def __post_init__(self) -> None:
+        if self.rgb.dtype != np.uint8 or self.rgb.ndim != 3 or self.rgb.shape[2] != 3 or self.rgb.size == 0:
+            raise ValueError(f"rgb must be uint8 of shape (height, width, 3), not {self.rgb.dtype} of {self.rgb.shape}")
+        if self.alpha is not None and (self.alpha.dtype != np.uint8 or self.alpha.shape != self.rgb.shape[:2]):
+            raise ValueError(
+                f"alpha must be uint8 of shape {self.rgb.shape[:2]}, not {self.alpha.dtype} of {self.alpha.shape}"
+            )
+
+    @property
+    def width(self) -> int:
+        """Tell the width in pixels."""
+        return self.rgb.shape[1]
+
+    @property
+    def height(self) -> int:
+        """Tell the height in pixels."""
+        return self.rgb.shape[0]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Turn one picture into a larger one. One object serves many jobs, one at a time, and keeps nothing of any."""
+
+    name: str
+
+    def upscale(
+        self,
+        picture: Picture,
+        options: UpscaleOptions,
+        on_progress: Callable[[float], None],
+        should_stop: Callable[[], bool],
+    ) -> Picture:
+        """Enlarge `picture` to exactly `plan.output_size` of it.
+
+        `on_progress` hears fractions done, 0 to 1, never falling, the last one 1.0. `should_stop` is asked between tiles.
+
+        Raises: Stopped when `should_stop()` answered true; OutOfMemory when the picture does not fit.
+        """
+        ...
