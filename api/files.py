@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import PurePosixPath
+from typing import Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Request
@@ -14,8 +15,10 @@ from core.storage import CONTENT_TYPES, FILES_PATH
 
 router = APIRouter(prefix=FILES_PATH, tags=["files"])
 
-_DOCUMENTED = {
-    200: {"content": {kind: {} for kind in CONTENT_TYPES.values()}, "description": "The image."},
+_IMAGES: dict[str, dict[str, Any]] = {content_type: {} for content_type in CONTENT_TYPES.values()}
+
+_DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    200: {"content": _IMAGES, "description": "The image."},
     206: {"description": "The part of the image that Range asked for."},
     304: {"description": "The image has not changed."},
     416: {"description": "Range asks for what is not there."},

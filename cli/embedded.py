@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+from cli.processes import die_with_parent
 from core.errors import DeploymentError
 
 _LOOPBACK = "127.0.0.1"
@@ -58,20 +59,11 @@ _CREATE_DATABASE = r"""
 _REDIS_CONFIG = f"""
     bind {_LOOPBACK}
     pidfile redis.pid
-    # Nothing is kept over a restart: Redis carries hints and progress only, and a sweep repeats the hints that are lost.
+    # Nothing is kept over a restart: Redis carries hints and progress only, and a sweep repeats lost hints.
     save ""
     appendonly no
     # Evicting would drop hints silently; a full Redis says so.
     maxmemory-policy noeviction
-"""
-
-# Asks the kernel to end this process with its parent, then becomes the server under the same pid. A program of its own
-# and not a preexec_fn, which may deadlock in a process that has threads.
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
@@ -306,8 +298,8 @@ class Redis(_Server):
     def _launch(self) -> bool:
         command = [str(self._binary), "-"]
         # To the kernel a child's parent is the thread that made it: a thread that ends would take Redis with it.
-        if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
-            command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+        if threading.current_thread() is threading.main_thread():
+            command = die_with_parent(command)
         with self._log.open("w") as log:
             process = self._process = subprocess.Popen(
                 command,
@@ -361,7 +353,7 @@ class _Account:
 
     def reaches(self, program: Path, folder: Path) -> bool:
         try:
-            test = self.run(["/bin/sh", "-c", '[ -x "$1" ] && [ -x "$2" ]', "sh", program, folder])
+            test = self.run(["/bin/sh", "-c", '[ -x "$2" ] && "$1" --version', "sh", program, folder])
         except OSError:
             return False
         return test.returncode == 0
@@ -400,7 +392,7 @@ def _environment() -> dict[str, str]:
 
 
 def _wheel(package: str) -> Path | None:
-    """Find where a package is installed without importing it: importing these two changes accounts and modes."""
+    """Find where a package is installed without running any of it: its own starter makes accounts and changes modes."""
     spec = importlib.util.find_spec(package)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
@@ -459,10 +451,10 @@ def _dwellers(folder: Path) -> set[int]:
     found: set[int] = set()
     with suppress(FileNotFoundError):
         home = folder.stat()
-        for name in filter(str.isdigit, os.listdir("/proc")):
+        for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if os.path.samestat(os.stat(f"/proc/{name}/cwd"), home):
-                    found.add(int(name))
+                if os.path.samestat((process / "cwd").stat(), home):
+                    found.add(int(process.name))
     return found
 
 

@@ -49,13 +49,15 @@ class Stack:
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         """`logs` takes what our processes write; without it they share our standard error."""
-        self._folder = folder.resolve()
+        self.folder = folder.resolve()
+        self.logs = logs
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.postgres: Postgres | None = None
+        self.redis: Redis | None = None
         self._host, self._port = host, port
         self._workers = workers
-        self._logs = logs
         self._given = environ
         self._stack = ExitStack()
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def url(self) -> str:
@@ -65,7 +67,7 @@ class Stack:
         # Ended by a signal we still stop what we started: SIGTERM becomes an exception like Ctrl-C's.
         signal.signal(signal.SIGTERM, _raise_exit)
         with ExitStack() as started:
-            _make_private_folder(self._folder)
+            _make_private_folder(self.folder)
             self.environment = self._start_servers(started)
             self.settings = load_settings(**_as_overrides(self.environment))
             upgrade(self.settings.database_url)
@@ -93,23 +95,23 @@ class Stack:
     def _start_servers(self, started: ExitStack) -> dict[str, str]:
         environment = {
             f"{PREFIX}PUBLIC_URL": self.url,
-            f"{PREFIX}STORAGE_DIR": str(self._folder / "storage"),
-            f"{PREFIX}SECRET_KEY": _kept_secret(self._folder / "secret-key"),
+            f"{PREFIX}STORAGE_DIR": str(self.folder / "storage"),
+            f"{PREFIX}SECRET_KEY": _kept_secret(self.folder / "secret-key"),
             **{name: value for name, value in self._given.items() if name.startswith(PREFIX)},
         }
         if f"{PREFIX}DATABASE_URL" not in environment:
-            postgres = started.enter_context(Postgres(self._folder / "postgres"))
-            environment[f"{PREFIX}DATABASE_URL"] = postgres.url()
+            self.postgres = started.enter_context(Postgres(self.folder / "postgres"))
+            environment[f"{PREFIX}DATABASE_URL"] = self.postgres.url()
         if f"{PREFIX}REDIS_URL" not in environment:
-            redis = started.enter_context(Redis(self._folder / "redis"))
-            environment[f"{PREFIX}REDIS_URL"] = redis.url
-        _write_environment(self._folder, environment)
-        started.callback(_environment_file(self._folder).unlink, missing_ok=True)
+            self.redis = started.enter_context(Redis(self.folder / "redis"))
+            environment[f"{PREFIX}REDIS_URL"] = self.redis.url
+        _write_environment(self.folder, environment)
+        started.callback(_environment_file(self.folder).unlink, missing_ok=True)
         return environment
 
     def _first_key(self) -> str:
         """Return the key that this folder's service was made with; the file is for its owner's eyes only."""
-        file = self._folder / "api-key"
+        file = self.folder / "api-key"
         if not file.exists():
             _write_private(file, asyncio.run(create_key(self.settings, "first")))
         return file.read_text()
@@ -122,7 +124,7 @@ class Stack:
 
     def _start(self, command: str, *arguments: str, name: str | None = None) -> None:
         name = name or command
-        output = None if self._logs is None else (self._logs / f"{name}.log").open("ab")
+        output = None if self.logs is None else (self.logs / f"{name}.log").open("ab")
         try:
             self.processes[name] = subprocess.Popen(
                 die_with_parent([sys.executable, "-m", "cli.main", command, *arguments]),
@@ -153,9 +155,9 @@ class Stack:
                 raise DeploymentError(f"{name} ended by itself with status {process.returncode}.{self._tail(name)}")
 
     def _tail(self, name: str) -> str:
-        if self._logs is None:
+        if self.logs is None:
             return ""
-        lines = (self._logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        lines = (self.logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
         return f" It said: {' | '.join(lines[-3:])}"
 
     def _stop_processes(self) -> None:

@@ -34,7 +34,7 @@ def upscale_file(image: Path, scale: int, output_format: str, out: Path) -> None
         logs = Path(folder) / "logs"
         logs.mkdir()
         click.echo("Starting PostgreSQL, Redis, the API, a worker and the dispatcher …", err=True)
-        with Stack(Path(folder) / "stack", port=_free_port(), logs=logs) as stack:
+        with Stack(Path(folder) / "stack", port=free_port(), logs=logs) as stack:
             try:
                 job, result = asyncio.run(_upscale(stack, image, scale, output_format))
             except JobFailed as error:
@@ -94,7 +94,8 @@ def _warn_of_fallback(logs: Path) -> None:
             click.echo(line, err=True)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

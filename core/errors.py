@@ -60,10 +60,6 @@ class PayloadTooLarge(RequestError):
     code = "payload_too_large"
 
 
-class UnsupportedMediaType(RequestError):
-    code = "unsupported_media_type"
-
-
 class UrlNotAllowed(RequestError):
     """The URL's scheme, port or address is one the service does not reach."""
 

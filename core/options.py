@@ -1,6 +1,7 @@
 """UpscaleOptions: the one internal vocabulary of a request. Dialects translate into it, engines read it."""
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,31 +29,31 @@ class UpscaleOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    scale_factor: float = Field(2.0, ge=1, le=8)
+    scale_factor: Annotated[float, Field(ge=1, le=8)] = 2.0
     """Output side over input side; the output is exactly round(width × factor) by round(height × factor)."""
 
-    strength: float = Field(0.35, ge=0, le=1)
+    strength: Annotated[float, Field(ge=0, le=1)] = 0.35
     """How much is invented: 0 keeps the picture, 1 replaces it."""
 
-    control_scale: float = Field(0.6, ge=0, le=3)
+    control_scale: Annotated[float, Field(ge=0, le=3)] = 0.6
     """How tightly the result is held to the original (weight of the tile ControlNet)."""
 
-    guidance_scale: float = Field(6.0, ge=1, le=50)
+    guidance_scale: Annotated[float, Field(ge=1, le=50)] = 6.0
     """How strongly the prompt pulls (classifier-free guidance); high values look like HDR."""
 
-    steps: int = Field(18, ge=1, le=100)
+    steps: Annotated[int, Field(ge=1, le=100)] = 18
     """Denoising steps."""
 
-    prompt: str = Field("", max_length=2000)
-    negative_prompt: str = Field("", max_length=2000)
+    prompt: Annotated[str, Field(max_length=2000)] = ""
+    negative_prompt: Annotated[str, Field(max_length=2000)] = ""
 
-    seed: int = Field(0, ge=0, le=MAX_SEED)
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     """Same seed, same picture. Drawn when the job is submitted if the caller gave none, so that a retry repeats it."""
 
-    sharpen: float = Field(0.0, ge=0, le=10)
+    sharpen: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Sharpening of the finished picture: 0 none, 10 strongest."""
 
     output_format: OutputFormat = OutputFormat.PNG
 
-    output_quality: int = Field(95, ge=1, le=100)
+    output_quality: Annotated[int, Field(ge=1, le=100)] = 95
     """Quality of JPEG and WebP; PNG is lossless and ignores it."""

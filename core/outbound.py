@@ -5,10 +5,9 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
-from aiohttp.connector import AddrInfoType
 from pydantic.networks import IPvAnyNetwork
 from yarl import URL
 
@@ -113,7 +112,7 @@ class Outbound:
             excerpt = await response.content.read(EXCERPT_BYTES)
             return Answer(response.status, excerpt.decode(errors="replace").replace("\0", ""))
 
-    def _open_socket(self, address_info: AddrInfoType) -> socket.socket:
+    def _open_socket(self, address_info: tuple[int, int, int, str, tuple[Any, ...]]) -> socket.socket:
         family, kind, protocol, _, socket_address = address_info
         address, port = ipaddress.ip_address(str(socket_address[0]).partition("%")[0]), socket_address[1]
         allowed = any(address in network for network in self._allow)

@@ -19,7 +19,7 @@ async def report(client: Redis, job_id: UUID, attempt: int, percent: int) -> Non
     """Store and publish how far the job has come; raises redis.RedisError when Redis is down."""
     async with client.pipeline(transaction=False) as pipeline:
         pipeline.set(_key(job_id), percent, ex=TTL_SECONDS)
-        pipeline.publish(_key(job_id), f"{attempt} {percent}")
+        pipeline.publish(_key(job_id), f"{attempt} {percent}")  # pyright: ignore[reportUnknownMemberType]
         await pipeline.execute()
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import AfterValidator, Field, SecretStr, UrlConstraints
-from pydantic.networks import AnyUrl, IPvAnyNetwork
+from pydantic import AfterValidator, Field, HttpUrl, SecretStr, TypeAdapter
+from pydantic.networks import IPvAnyNetwork
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.errors import DeploymentError
@@ -21,11 +21,11 @@ def _with_async_driver(url: str) -> str:
     return f"postgresql+asyncpg://{rest}"
 
 
-def _without_trailing_slash(url: AnyUrl) -> str:
-    return str(url).rstrip("/")
+_HTTP_URL = TypeAdapter[HttpUrl](HttpUrl)
 
 
-HttpUrl = Annotated[AnyUrl, UrlConstraints(allowed_schemes=["http", "https"])]
+def _checked_url(url: str) -> str:
+    return str(_HTTP_URL.validate_python(url)).rstrip("/")
 
 
 class Settings(BaseSettings):
@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     secret_key: Annotated[SecretStr, Field(min_length=32)]
     """Signs the URLs of results; the same in every process."""
 
-    public_url: Annotated[HttpUrl, AfterValidator(_without_trailing_slash)] = "http://127.0.0.1:8000"  # pyright: ignore[reportAssignmentType]
+    public_url: Annotated[str, AfterValidator(_checked_url)] = "http://127.0.0.1:8000"
     """Where clients reach the API: the front of every URL we hand out."""
 
     storage_dir: Path = Path(".upscaled/storage")

@@ -28,16 +28,14 @@ FILES_PATH = "/v2/files"
 CONTENT_TYPES = {f".{format}": format.content_type for format in OutputFormat}
 """The only content types we ever serve, by the extension that we gave the key."""
 
-SIGNATURES = (
-    (OutputFormat.PNG, lambda head: head.startswith(b"\x89PNG\r\n\x1a\n")),
-    (OutputFormat.JPG, lambda head: head.startswith(b"\xff\xd8\xff")),
-    (OutputFormat.WEBP, lambda head: head.startswith(b"RIFF") and head[8:12] == b"WEBP"),
-)
-
 
 def sniff(head: bytes) -> OutputFormat | None:
     """Tell the format from the first 12 bytes of a file; None when it is none that we read."""
-    return next((format for format, matches in SIGNATURES if matches(head)), None)
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return OutputFormat.PNG
+    if head.startswith(b"\xff\xd8\xff"):
+        return OutputFormat.JPG
+    return OutputFormat.WEBP if head.startswith(b"RIFF") and head[8:12] == b"WEBP" else None
 
 
 def upload_key(upload_id: UUID, format: OutputFormat) -> str:

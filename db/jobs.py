@@ -10,7 +10,20 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, and_, case, func, insert, literal, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    RowMapping,
+    Select,
+    and_,
+    any_,
+    case,
+    func,
+    insert,
+    literal,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.errors import LeaseLost, UpscaledError
@@ -160,7 +173,7 @@ async def _end(connection: AsyncConnection, attempt: Attempt, changes: dict[str,
         .returning(Job.id, Job.webhook_url, Job.webhook_events)
         .cte("ended")
     )
-    wanted = and_(ended.c.webhook_url.is_not(None), ended.c.webhook_events.any(event.value))
+    wanted = and_(ended.c.webhook_url.is_not(None), literal(event.value) == any_(ended.c.webhook_events))
     owed = (
         insert(Delivery)
         .from_select(
@@ -202,7 +215,7 @@ _WEBHOOK_STATUS = (
     .scalar_subquery()
 )
 
-_RECORD: Select[Any] = select(
+_RECORD: Select[*tuple[Any, ...]] = select(
     Job.id,
     Job.api_key_id,
     Job.status,
@@ -221,20 +234,21 @@ _RECORD: Select[Any] = select(
 )
 
 
-def _record(row: Any) -> JobRecord:
-    values = dict(row._mapping)
-    return JobRecord(**{**values, "status": JobStatus(values["status"])})
+def _record(row: RowMapping) -> JobRecord:
+    values: dict[str, Any] = {**row, "status": JobStatus(row["status"])}
+    return JobRecord(**values)
 
 
 async def read(connection: AsyncConnection, job_id: UUID, api_key_id: UUID) -> JobRecord | None:
     """Return the job, or None when there is none of that id under that key."""
-    row = (await connection.execute(_RECORD.where(Job.id == job_id, Job.api_key_id == api_key_id))).one_or_none()
+    found = await connection.execute(_RECORD.where(Job.id == job_id, Job.api_key_id == api_key_id))
+    row = found.mappings().one_or_none()
     return None if row is None else _record(row)
 
 
 async def read_any(connection: AsyncConnection, job_id: UUID) -> JobRecord | None:
     """Return the job whoever it belongs to: for deliveries, never for callers."""
-    row = (await connection.execute(_RECORD.where(Job.id == job_id))).one_or_none()
+    row = (await connection.execute(_RECORD.where(Job.id == job_id))).mappings().one_or_none()
     return None if row is None else _record(row)
 
 
@@ -264,4 +278,4 @@ async def browse(
         statement = statement.where(Job.id == search)
     if before is not None:
         statement = statement.where(tuple_(Job.created_at, Job.id) < tuple_(literal(before[0]), literal(before[1])))
-    return [_record(row) for row in await connection.execute(statement)]
+    return [_record(row) for row in (await connection.execute(statement)).mappings()]

@@ -51,7 +51,7 @@ class Database:
 
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[AsyncConnection]:
-        """Lend a connection on which each statement is its own transaction: for reading, and for changes of one statement.
+        """Lend a connection on which each statement is its own transaction: for reads and single changes.
 
         Raises:
             DatabaseUnavailable: Postgres cannot be reached, or went away.

@@ -3,17 +3,19 @@
 import asyncio
 import itertools
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
-import redis
 
 from cli.embedded import Postgres, Redis
 from cli.migrations import upgrade
 from core.settings import Settings, load_settings
+from tests.broker import connect_redis
+from tests.web import Web, open_web
 
 TEMPLATE = "upscaled_template"
 
@@ -63,8 +65,8 @@ def database_url(postgres: Postgres) -> Generator[str]:
 
 @pytest.fixture
 def redis_url(redis_server: Redis) -> str:
-    with redis.Redis.from_url(redis_server.url) as client:  # pyright: ignore[reportUnknownMemberType]
-        client.flushall()
+    with connect_redis(redis_server.url) as client:
+        client.execute_command("FLUSHALL")
     return redis_server.url
 
 
@@ -90,6 +92,19 @@ def sql(database_url: str) -> Sql:
         return asyncio.run(_execute(database_url, statement, *arguments))
 
     return ask
+
+
+@pytest.fixture
+def sql_async(database_url: str) -> Callable[..., Awaitable[Sequence[Any]]]:
+    """The same, for a test that is itself asynchronous."""
+    return partial(_execute, database_url)
+
+
+@pytest.fixture
+def web() -> Generator[Web]:
+    """A web server for images and webhooks."""
+    with open_web() as web:
+        yield web
 
 
 async def _execute(url: str, statement: str, *arguments: object) -> Sequence[Any]:

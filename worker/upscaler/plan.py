@@ -1,4 +1,4 @@
-"""Sizes and tiles of a job: pure arithmetic."""
+"""Sizes of a job and where its tiles lie: pure arithmetic."""
 
 from decimal import ROUND_HALF_UP, Decimal
 from typing import NamedTuple
@@ -46,7 +46,8 @@ def _scaled(side: int, factor: Decimal) -> int:
 def check_output(width: int, height: int, options: UpscaleOptions, max_output_pixels: int) -> None:
     """Refuse an input of `width` by `height` whose output would be too large.
 
-    Raises: OutputTooLarge when the output passes `max_output_pixels` or the longest side its file format can hold.
+    Raises:
+        OutputTooLarge: the output passes `max_output_pixels` or the longest side that its file format can hold.
     """
     size = output_size(width, height, options.scale_factor)
     pixels = size.width * size.height
@@ -60,7 +61,8 @@ def check_output(width: int, height: int, options: UpscaleOptions, max_output_pi
 def check_sides(size: Size, output_format: OutputFormat) -> None:
     """Refuse an output that its file format has no numbers for.
 
-    Raises: OutputTooLarge when a side passes `output_format.max_side_pixels`.
+    Raises:
+        OutputTooLarge: a side passes `output_format.max_side_pixels`.
     """
     limit = output_format.max_side_pixels
     if max(size) > limit:

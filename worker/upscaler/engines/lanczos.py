@@ -15,7 +15,7 @@ from worker.upscaler.images import to_levels, to_linear
 from worker.upscaler.plan import Size, Span, output_size, spans
 
 Planes: TypeAlias = npt.NDArray[np.float32]
-"""(channels, height, width) in linear light, 0 to 1; a fourth channel is alpha, and the colours are multiplied by it."""
+"""(channels, height, width) in linear light, 0 to 1: three colours, or four with alpha, by which they are multiplied."""
 
 Positions: TypeAlias = npt.NDArray[np.float64]
 """Places along one axis, in pixels of the input: 0 is the middle of the first."""
@@ -57,7 +57,9 @@ class Lanczos:
 
         Takes memory for input, output and one tile. A picture that keeps its size unsharpened is returned as it is.
 
-        Raises: Stopped, OutOfMemory.
+        Raises:
+            Stopped: `should_stop()` answered true.
+            OutOfMemory: the output does not fit.
         """
         canvas = output_size(picture.width, picture.height, options.scale_factor)
         if canvas == (picture.width, picture.height) and not options.sharpen:
@@ -79,103 +81,6 @@ class Lanczos:
         except MemoryError as error:
             raise OutOfMemory(f"There is not enough memory for {canvas.width} x {canvas.height} pixels.") from error
         return output
-
-
-def _blank(canvas: Size, *, with_alpha: bool) -> Picture:
-    rgb = np.empty((canvas.height, canvas.width, 3), np.uint8)
-    return Picture(rgb, np.empty((canvas.height, canvas.width), np.uint8) if with_alpha else None)
-
-
-def _put(planes: Planes, output: Picture, row: Span, column: Span) -> None:
-    """Bring a tile back from linear light and put it where it belongs."""
-    colours, tile = planes[:3], (slice(*row), slice(*column))
-    if output.alpha is not None:
-        output.alpha[tile] = np.rint(planes[3] * 255)
-        # Under half a level of alpha nobody sees the colour; the floor only keeps the quotient finite.
-        colours = colours / np.maximum(planes[3], 0.5 / 255)
-    # One channel at a time is three times as fast as one transposed copy.
-    for channel, levels in enumerate(to_levels(colours)):
-        output.rgb[*tile, channel] = levels
-
-
-# Pixels ---------------------------------------------------------------------------------------------------------------
-
-
-def _resampled(picture: Picture, row: "_Strip", column: "_Strip") -> Planes:
-    """Resample one tile with its margin.
-
-    Lanczos overshoots at edges, and in linear light the dark side of an edge would become a black line. What leaves
-    the range of the four input pixels around it is therefore brought back most of the way, not just cut at 0 and 1.
-    """
-    source = _source(picture, row.window, column.window)
-    planes = _transformed(source, row.resample, column.resample)
-    low = _extreme_around(source, row.before, column.before, np.minimum)
-    high = _extreme_around(source, row.before, column.before, np.maximum)
-    # np.clip takes four times as long when its bounds are arrays.
-    limited = np.minimum(np.maximum(planes, low), high)
-    planes -= limited
-    planes *= _RINGING_KEPT
-    planes += limited
-    np.clip(planes, 0, 1, out=planes)
-    if len(planes) == 4:
-        # Colour and alpha ring apart; no pixel may shine more than it covers.
-        np.minimum(planes[:3], planes[3], out=planes[:3])
-    return planes
-
-
-def _source(picture: Picture, row: Span, column: Span) -> Planes:
-    """Cut a window out of the picture and bring it into linear light."""
-    window = slice(*row), slice(*column)
-    colours = to_linear(picture.rgb[window].transpose(2, 0, 1))
-    if picture.alpha is None:
-        return colours
-    alpha = picture.alpha[window].astype(np.float32)[None] / 255
-    return np.concatenate([colours * alpha, alpha])
-
-
-def _transformed(planes: Planes, down: "list[_Band]", across: "list[_Band]") -> Planes:
-    """Apply the matrices across, then those down."""
-    channels, height, _ = planes.shape
-    wide = np.empty((channels, height, across[-1].outputs.stop), np.float32)
-    for band in across:
-        np.matmul(planes[:, :, band.inputs], band.weights.T, out=wide[:, :, band.outputs])
-    result = np.empty((channels, down[-1].outputs.stop, wide.shape[2]), np.float32)
-    for band in down:
-        np.matmul(band.weights, wide[:, band.inputs], out=result[:, band.outputs])
-    return result
-
-
-def _extreme_around(source: Planes, down: Indices, across: Indices, extreme: np.ufunc) -> Planes:
-    """Take the extreme of the two by two inputs that begin at each place down and across."""
-    pairs = extreme(source[:, :, :-1], source[:, :, 1:]) if source.shape[2] > 1 else source
-    wide = pairs[:, :, np.minimum(across, pairs.shape[2] - 1)]
-    pairs = extreme(wide[:, :-1], wide[:, 1:]) if wide.shape[1] > 1 else wide
-    return pairs.take(np.minimum(down, pairs.shape[1] - 1), axis=1)
-
-
-def _sharpened(planes: Planes, row: "_Strip", column: "_Strip", amount: float) -> Planes:
-    """Sharpen a tile by an unsharp mask on ratios of luminance, and drop its margin.
-
-    With Y the luminance of a pixel, B its Gaussian blur and k = sharpen / 10, the colours are multiplied by
-    ((1 + k)Y + (1 - k)B) / ((1 - k)Y + (1 + k)B): by 1 at k = 0, by Y / B at k = 1, and by the inverse where Y and B
-    change places. So both sides of an edge gain alike and nothing turns negative. Hue stays, for the gain ends where
-    the brightest of the three is full. Y and B are of the visible part of half transparent pixels.
-    """
-    light = np.tensordot(_LUMINANCE, planes[:3], axes=1)
-    blurred = _transformed(np.stack([light, *planes[3:]]), row.blur, column.blur)
-    inner = row.tile.within(row.field), column.tile.within(column.field)
-    planes, own, around, floor, full = planes[:, *inner], light[inner], blurred[0], _DARK, np.float32(1)
-    if len(planes) == 4:
-        # Each is multiplied by the other's alpha: that compares the visible parts without a division.
-        full = planes[3]
-        own, around, floor = own * blurred[1], around * full, _DARK * full * blurred[1] + np.float32(1e-12)
-    more, less = np.float32(1 + amount), np.float32(1 - amount)
-    gain = (more * own + less * around + floor) / (less * own + more * around + floor)
-    planes[:3] *= np.minimum(gain, full / np.maximum(planes[:3].max(axis=0), 1e-6))
-    return planes
-
-
-# Geometry -------------------------------------------------------------------------------------------------------------
 
 
 class _Band(NamedTuple):
@@ -250,3 +155,94 @@ def _band(outputs: Span, centres: Positions, window: Span, kernel: _Kernel) -> _
     matrix = np.zeros((len(middles), stop - first), np.float32)
     np.add.at(matrix, (np.arange(len(middles))[:, None], inputs - first), weights.astype(np.float32))
     return _Band(slice(*outputs), slice(first, stop), matrix)
+
+
+def _resampled(picture: Picture, row: _Strip, column: _Strip) -> Planes:
+    """Resample one tile with its margin.
+
+    Lanczos overshoots at edges, and in linear light the dark side of an edge would become a black line. What leaves
+    the range of the four input pixels around it is therefore brought back most of the way, not just cut at 0 and 1.
+    """
+    source = _source(picture, row.window, column.window)
+    planes = _transformed(source, row.resample, column.resample)
+    low = _extreme_around(source, row.before, column.before, np.minimum)
+    high = _extreme_around(source, row.before, column.before, np.maximum)
+    # np.clip takes four times as long when its bounds are arrays.
+    limited = np.minimum(np.maximum(planes, low), high)
+    planes -= limited
+    planes *= _RINGING_KEPT
+    planes += limited
+    np.clip(planes, 0, 1, out=planes)
+    if len(planes) == 4:
+        # Colour and alpha ring apart; no pixel may shine more than it covers.
+        np.minimum(planes[:3], planes[3], out=planes[:3])
+    return planes
+
+
+def _source(picture: Picture, row: Span, column: Span) -> Planes:
+    """Cut a window out of the picture and bring it into linear light."""
+    window = slice(*row), slice(*column)
+    colours = to_linear(picture.rgb[window].transpose(2, 0, 1))
+    if picture.alpha is None:
+        return colours
+    alpha = picture.alpha[window].astype(np.float32)[None] / 255
+    return np.concatenate([colours * alpha, alpha])
+
+
+def _transformed(planes: Planes, down: list[_Band], across: list[_Band]) -> Planes:
+    """Apply the matrices across, then those down."""
+    channels, height, _ = planes.shape
+    wide = np.empty((channels, height, across[-1].outputs.stop), np.float32)
+    for band in across:
+        np.matmul(planes[:, :, band.inputs], band.weights.T, out=wide[:, :, band.outputs])
+    result = np.empty((channels, down[-1].outputs.stop, wide.shape[2]), np.float32)
+    for band in down:
+        np.matmul(band.weights, wide[:, band.inputs], out=result[:, band.outputs])
+    return result
+
+
+def _extreme_around(source: Planes, down: Indices, across: Indices, extreme: np.ufunc) -> Planes:
+    """Take the extreme of the two by two inputs that begin at each place down and across."""
+    pairs = extreme(source[:, :, :-1], source[:, :, 1:]) if source.shape[2] > 1 else source
+    wide = pairs[:, :, np.minimum(across, pairs.shape[2] - 1)]
+    pairs = extreme(wide[:, :-1], wide[:, 1:]) if wide.shape[1] > 1 else wide
+    return pairs.take(np.minimum(down, pairs.shape[1] - 1), axis=1)
+
+
+def _sharpened(planes: Planes, row: _Strip, column: _Strip, amount: float) -> Planes:
+    """Sharpen a tile by an unsharp mask on ratios of luminance, and drop its margin.
+
+    With Y the luminance of a pixel, B its Gaussian blur and k = sharpen / 10, the colours are multiplied by
+    ((1 + k)Y + (1 - k)B) / ((1 - k)Y + (1 + k)B): by 1 at k = 0, by Y / B at k = 1, and by the inverse where Y and B
+    change places. So both sides of an edge gain alike and nothing turns negative. Hue stays, for the gain ends where
+    the brightest of the three is full. Y and B are of the visible part of half transparent pixels.
+    """
+    light = np.tensordot(_LUMINANCE, planes[:3], axes=1)
+    blurred = _transformed(np.stack([light, *planes[3:]]), row.blur, column.blur)
+    inner = row.tile.within(row.field), column.tile.within(column.field)
+    planes, own, around, floor, full = planes[:, *inner], light[inner], blurred[0], _DARK, np.float32(1)
+    if len(planes) == 4:
+        # Each is multiplied by the other's alpha: that compares the visible parts without a division.
+        full = planes[3]
+        own, around, floor = own * blurred[1], around * full, _DARK * full * blurred[1] + np.float32(1e-12)
+    more, less = np.float32(1 + amount), np.float32(1 - amount)
+    gain = (more * own + less * around + floor) / (less * own + more * around + floor)
+    planes[:3] *= np.minimum(gain, full / np.maximum(planes[:3].max(axis=0), 1e-6))
+    return planes
+
+
+def _blank(canvas: Size, *, with_alpha: bool) -> Picture:
+    rgb = np.empty((canvas.height, canvas.width, 3), np.uint8)
+    return Picture(rgb, np.empty((canvas.height, canvas.width), np.uint8) if with_alpha else None)
+
+
+def _put(planes: Planes, output: Picture, row: Span, column: Span) -> None:
+    """Bring a tile back from linear light and put it where it belongs."""
+    colours, tile = planes[:3], (slice(*row), slice(*column))
+    if output.alpha is not None:
+        output.alpha[tile] = np.rint(planes[3] * 255)
+        # Under half a level of alpha nobody sees the colour; the floor only keeps the quotient finite.
+        colours = colours / np.maximum(planes[3], 0.5 / 255)
+    # One channel at a time is three times as fast as one transposed copy.
+    for channel, levels in enumerate(to_levels(colours)):
+        output.rgb[*tile, channel] = levels
