@@ -1,10 +1,18 @@
-"""How child processes begin and end."""
+"""How child processes begin, where they listen, and how they end."""
 
 import os
+import random
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+
+from core.errors import DeploymentError
+
+LOOPBACK = "127.0.0.1"
+"""Where the servers that we start listen, out of reach of other machines."""
 
 # Asks the kernel to end this process with its parent, then becomes the program under the same pid. A program of its
 # own and not a preexec_fn, which may deadlock in a process that has threads.
@@ -24,6 +32,21 @@ def die_with_parent(command: Sequence[str]) -> list[str]:
     if sys.platform != "linux":
         return list(command)
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+
+
+def free_port() -> int:
+    """Find a port of loopback that nobody listens on now, below the range from which outgoing connections get theirs.
+
+    In that range a connection of any program could take the port of a server that is about to be started again.
+
+    Raises:
+        DeploymentError: this machine lets us listen nowhere.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 20):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
+    raise DeploymentError(f"No free port was found on {LOOPBACK}")
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]], patience_seconds: float) -> None:

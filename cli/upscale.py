@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ import aiohttp
 import click
 
 from cli.comparison import write_comparison
+from cli.processes import free_port
 from cli.stack import Stack
 from core.errors import UpscaledError
 
@@ -92,10 +92,3 @@ def _warn_of_fallback(logs: Path) -> None:
     for line in (logs / "worker-1.log").read_text(errors="replace").splitlines():
         if " WARNING " in line:
             click.echo(line, err=True)
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

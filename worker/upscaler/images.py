@@ -14,12 +14,12 @@ from core.options import OutputFormat
 from worker.upscaler.engine import Levels, Picture
 from worker.upscaler.plan import Size, check_sides
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Linear: TypeAlias = npt.NDArray[np.float32]
 """Light as it adds up: 0 black to 1 white."""
 
-_BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error)
+_BAD_FILE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error)
 """What Pillow raises, format by format, when the bytes of a file are wrong."""
 
 _PNG_DEPTH_AT = 24
@@ -57,7 +57,7 @@ def decode(data: bytes, max_pixels: int) -> Picture:
     except UnidentifiedImageError as error:
         raise InputNotImage("The input is not a PNG, JPEG or WebP picture.") from error
     except _BAD_FILE as error:
-        raise InputNotImage(f"The picture is damaged or incomplete ({error}).") from error
+        raise InputNotImage(f"The picture is damaged or incomplete: {error}.") from error
 
 
 def _opened(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
@@ -109,7 +109,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except _BAD_FILE as error:
-        _log.warning("ignored broken EXIF data: %s", error)
+        logger.warning("ignored broken EXIF data: %s", error)
         return 1
 
 
@@ -139,7 +139,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None, *, grey: bool) -> Image.
         try:
             return _through(profile, colours, grey=grey)
         except (ImageCms.PyCMSError, *_BAD_FILE) as error:
-            _log.warning("ignored the picture's colour profile: %s", error)
+            logger.warning("ignored the picture's colour profile: %s", error)
     return colours.convert("RGB")
 
 
@@ -150,16 +150,15 @@ def _through(profile: bytes, image: Image.Image, *, grey: bool) -> Image.Image:
         ImageCms.PyCMSError, OSError: the profile is broken.
         ValueError: it is for other channels than the picture has.
     """
-    source = ImageCms.ImageCmsProfile(BytesIO(profile))
-    space = source.profile.xcolor_space.strip()
+    space = profile[16:20].decode("ascii", "replace").strip()
     if space == "GRAY" and grey:
         image = image.getchannel("R")
     elif space != image.mode:
         raise ValueError(f"it is for {space}, the picture is {image.mode}")
     converted = ImageCms.profileToProfile(
         image,
-        source,
-        ImageCms.createProfile("sRGB"),
+        BytesIO(profile),
+        ImageCms.createProfile("sRGB"),  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
         ImageCms.Intent.RELATIVE_COLORIMETRIC,
         "RGB",
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
@@ -181,6 +180,11 @@ def _levels_of_linear() -> Levels:
 
 _TO_LINEAR = _linear_of_levels()
 _TO_LEVELS = _levels_of_linear()
+
+
+def to_fractions(levels: Levels) -> Linear:
+    """Divide by 255: what alpha's levels mean."""
+    return levels.astype(np.float32) / np.float32(255)
 
 
 def to_linear(levels: Levels) -> Linear:
@@ -240,6 +244,6 @@ def _on_white(picture: Picture) -> Image.Image:
     # A few rows at a time: the whole picture in floats would be four times as large.
     for top in range(0, picture.height, 64):
         rows = slice(top, top + 64)
-        alpha = picture.alpha[rows, :, None].astype(np.float32) / 255
-        flat[rows] = to_levels(to_linear(picture.rgb[rows]) * alpha + (1 - alpha))
+        alpha = to_fractions(picture.alpha[rows, :, None])
+        flat[rows] = to_levels(to_linear(picture.rgb[rows]) * alpha + 1 - alpha)
     return Image.fromarray(flat)

@@ -7,7 +7,7 @@ from core.errors import DeploymentError
 from worker.upscaler.engine import Engine
 from worker.upscaler.engines.lanczos import Lanczos
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def load(choice: str) -> Engine:
@@ -20,7 +20,7 @@ def load(choice: str) -> Engine:
         DeploymentError: there is no such engine, or it cannot run here.
     """
     if choice == "auto":
-        _log.warning("No model weights are installed: lanczos is used, which enlarges but invents no detail.")
+        logger.warning("No model weights are installed: lanczos is used, which enlarges but invents no detail.")
         return Lanczos()
     if choice == "lanczos":
         return Lanczos()

@@ -11,11 +11,11 @@ import numpy.typing as npt
 from core.errors import OutOfMemory, Stopped
 from core.options import UpscaleOptions
 from worker.upscaler.engine import Picture
-from worker.upscaler.images import to_levels, to_linear
+from worker.upscaler.images import to_fractions, to_levels, to_linear
 from worker.upscaler.plan import Size, Span, output_size, spans
 
 Planes: TypeAlias = npt.NDArray[np.float32]
-"""(channels, height, width) in linear light, 0 to 1: three colours, or four with alpha, by which they are multiplied."""
+"""(channels, height, width) in linear light, 0 to 1: red, green, blue, and maybe alpha, multiplied into them."""
 
 Positions: TypeAlias = npt.NDArray[np.float64]
 """Places along one axis, in pixels of the input: 0 is the middle of the first."""
@@ -110,14 +110,14 @@ def _strip(tile: Span, length: int, output_length: int, sigma: float) -> _Strip:
     """Plan one axis of a tile; `sigma` is that of the blur in pixels of the output, 0 for none."""
     blur = _gaussian(sigma)
     field = tile.grown(blur.radius, output_length)
-    centres = (np.arange(*field) + 0.5) * (length / output_length) - 0.5
+    centres = (np.arange(*field, dtype=np.float64) + 0.5) * (length / output_length) - 0.5
     window = Span(max(math.floor(centres[0]) - 2, 0), min(math.floor(centres[-1]) + 4, length))
     return _Strip(
         tile,
         field,
         window,
         before=np.clip(np.floor(centres).astype(np.intp), *window) - window.start,
-        resample=_bands(centres, window, _LANCZOS),
+        resample=_bands(centres, window, _lanczos()),
         blur=_bands(np.arange(*tile, dtype=np.float64), field, blur) if sigma else [],
     )
 
@@ -128,12 +128,20 @@ class _Kernel(NamedTuple):
     """From distances to weights, 0 beyond the radius."""
 
 
-_LANCZOS = _Kernel(3, lambda x: np.where(abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0))
+def _lanczos() -> _Kernel:
+    def weigh(distance: Positions) -> Positions:
+        return np.where(abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0)
+
+    return _Kernel(3, weigh)
 
 
 def _gaussian(sigma: float) -> _Kernel:
     radius = math.ceil(3 * sigma)
-    return _Kernel(radius, lambda x: np.where(abs(x) <= radius, np.exp(-0.5 * (x / sigma) ** 2), 0))
+
+    def weigh(distance: Positions) -> Positions:
+        return np.where(abs(distance) <= radius, np.exp(-0.5 * (distance / sigma) ** 2), 0)
+
+    return _Kernel(radius, weigh)
 
 
 def _bands(centres: Positions, window: Span, kernel: _Kernel) -> list[_Band]:
@@ -185,7 +193,7 @@ def _source(picture: Picture, row: Span, column: Span) -> Planes:
     colours = to_linear(picture.rgb[window].transpose(2, 0, 1))
     if picture.alpha is None:
         return colours
-    alpha = picture.alpha[window].astype(np.float32)[None] / 255
+    alpha = to_fractions(picture.alpha[None, *window])
     return np.concatenate([colours * alpha, alpha])
 
 
