@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -61,7 +60,7 @@ async def _statements(settings: Settings, key_id: UUID) -> Sequence[str]:
         while attempt is None or attempt.job_id != job_id:
             del sent[1:]
             attempt = await jobs.claim(connection, "floor")
-        variables = {job_id: "':id'", attempt.number: ":attempt"}
+        variables = {job_id: ":id", attempt.number: ":attempt"}
         await jobs.complete(connection, attempt, result, key, timedelta(hours=1))
     await database.close()
     return sent
@@ -78,7 +77,7 @@ def _written_out(statement: str, parameters: Sequence[Any], variables: Mapping[A
             return "'{}'"
         if isinstance(parameter, timedelta):
             return f"'{parameter.total_seconds()} seconds'"
-        return "'" + str(parameter).replace("'", "''").replace(":", "\\:") + "'"
+        return "'" + str(parameter).replace("'", "''") + "'"
 
     return " ".join(re.sub(r"\$(\d+)", value, statement).split())
 
@@ -100,5 +99,3 @@ def _pgbench(settings: Settings, script: str, clients: int, seconds: float) -> f
         raise RuntimeError(f"pgbench failed: {done.stderr[-2000:]}")
     return float(match[1])
 
-
-__all__ = ["BACKLOG", "Floor", "Path", "measure_floor"]

@@ -102,8 +102,10 @@ def serve(host: str, port: int, folder: Path) -> None:
 
     PostgreSQL and Redis are started too, unless UPSCALED_DATABASE_URL and UPSCALED_REDIS_URL name others.
     """
+    from cli.processes import exit_on_sigterm
     from cli.stack import Stack
 
+    exit_on_sigterm()
     with Stack(folder, host=host, port=port) as stack:
         click.echo(f"upscaled is up on {stack.url}, its API key is {stack.key}, its data is in {folder.resolve()}")
         click.echo("Ctrl-C stops it.")
@@ -117,8 +119,10 @@ def serve(host: str, port: int, folder: Path) -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"), show_default=True)
 def upscale(image: Path, scale: str, output_format: str, out: Path) -> None:
     """Upscale one IMAGE through the whole service, started for it and stopped after it."""
+    from cli.processes import exit_on_sigterm
     from cli.upscale import upscale_file
 
+    exit_on_sigterm()
     upscale_file(image, int(scale), output_format, out)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -60,3 +61,8 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], patience_seconds: float) 
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process like Ctrl-C: through every `with`, so that what was started is stopped."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))

@@ -4,7 +4,6 @@ import asyncio
 import os
 import secrets
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -64,8 +63,6 @@ class Stack:
         return f"http://{self._host}:{self._port}"
 
     def __enter__(self) -> Self:
-        # Ended by a signal we still stop what we started: SIGTERM becomes an exception like Ctrl-C's.
-        signal.signal(signal.SIGTERM, _raise_exit)
         with ExitStack() as started:
             _make_private_folder(self.folder)
             self.environment = self._start_servers(started)
@@ -215,7 +212,3 @@ def _write_private(file: Path, content: str) -> None:
     with os.fdopen(descriptor, "w") as opened:
         opened.write(content)
     part.replace(file)
-
-
-def _raise_exit(signum: int, _frame: object) -> None:
-    sys.exit(128 + signum)

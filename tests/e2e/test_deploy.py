@@ -30,7 +30,7 @@ from PIL import Image
 
 from cli.embedded import Postgres
 from cli.main import cli
-from cli.processes import stop
+from cli.processes import die_with_parent, stop
 from cli.upscale import free_port
 from core.settings import PREFIX, Settings
 from tests.requests import body_of, png
@@ -127,7 +127,8 @@ def test_the_example_names_every_secret_and_gives_none() -> None:
 
 
 def test_the_servers_ask_for_the_passwords_that_the_processes_are_given() -> None:
-    ours, servers = SERVICES["api"]["environment"], SERVICES["postgres"]["environment"]
+    ours = environment_of(SERVICES["api"], {})
+    servers = environment_of(SERVICES["postgres"], {})
     database = urlsplit(ours["UPSCALED_DATABASE_URL"])
     assert (database.hostname, database.username, database.password, database.path) == (
         *("postgres", servers["POSTGRES_USER"], servers["POSTGRES_PASSWORD"]),
@@ -241,7 +242,7 @@ class Deployment:
     def start(self, name: str) -> subprocess.Popen[bytes]:
         with self._log(name).open("wb") as log:
             self._started[name] = subprocess.Popen(
-                self._here(self._services[name]["command"]),
+                die_with_parent(self._here(self._services[name]["command"])),
                 cwd=self.home,
                 env=self._environment(name),
                 stdin=subprocess.DEVNULL,
@@ -253,8 +254,15 @@ class Deployment:
 
     def run(self, name: str, command: list[str]) -> subprocess.CompletedProcess[str]:
         """Run a command in a service's container, as `docker compose exec` does."""
-        where = {"cwd": self.home, "env": self._environment(name)}
-        return subprocess.run(self._here(command), **where, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(
+            self._here(command),
+            cwd=self.home,
+            env=self._environment(name),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
 
     def healthy(self, name: str) -> bool:
         kind, *command = self._services[name]["healthcheck"]["test"]
@@ -278,7 +286,7 @@ class Deployment:
 
     def _here(self, command: list[str]) -> list[str]:
         port, beside = str(self._port), Path(sys.executable).parent
-        moved = [word.replace("8000", port).replace("0.0.0.0", "127.0.0.1") for word in command]  # noqa: S104
+        moved = [word.replace("8000", port).replace("0.0.0.0", "127.0.0.1") for word in command]
         return [str(beside / moved[0]), *moved[1:]]
 
     def _environment(self, name: str) -> dict[str, str]:
