@@ -62,7 +62,7 @@ class Parts:
     key_ring: KeyRing
 
 
-def _parts(request: Request) -> Parts:
+async def _parts(request: Request) -> Parts:  # async, or FastAPI would hand each call to a thread
     return request.app.state.parts
 
 

@@ -2,20 +2,29 @@
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from queue import SimpleQueue
 from typing import Any
 
+import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from core.settings import Settings
 
 POOL = "upscale"
 """The pool of workers that a hint is for: the name of the Celery queue and, with Redis, of its list."""
 
-TASK = "upscaled.claim_next"
+TASK = "upscaled.work"
+
+MAX_HINTS = 1000
+"""More hints than this never need to wait: whoever takes one works until the queue is empty."""
+
+LINGER_SECONDS = 0.005
+"""How long a hint waits for company; sent alone, each would cost as much as the request that owes it."""
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +77,7 @@ class Hints:
 
     def __init__(self, settings: Settings) -> None:
         self._celery = make_celery(settings)
+        self._redis = redis.Redis.from_url(settings.redis_url, socket_timeout=5, socket_connect_timeout=2)  # pyright: ignore[reportUnknownMemberType]
         self._owed: SimpleQueue[bool] = SimpleQueue()  # True: one hint; False: nothing follows
         self._thread = threading.Thread(target=self._run, name="hints", daemon=True)
         self._thread.start()
@@ -83,20 +93,26 @@ class Hints:
         self._thread.join(timeout=2)
 
     def _run(self) -> None:
-        with self._celery as celery:
-            while self._owed.get():
-                try:
-                    celery.send_task(TASK, queue=POOL, ignore_result=True)
-                except OperationalError as error:
-                    logger.warning("hint dropped, the sweep will send another: %s", error)
-                    self._drop_owed()
+        closing = False
+        while not closing:
+            owed = [self._owed.get()]
+            # Hints that come together go out together, in one round trip; while Redis is away they are dropped in one.
+            time.sleep(LINGER_SECONDS)
+            while not self._owed.empty():
+                owed.append(self._owed.get())
+            closing, count = not all(owed), sum(owed)
+            try:
+                self._send(count)
+            except (OperationalError, RedisError) as error:
+                logger.warning("%d hints dropped, the sweep will send others: %s", count, error)
+        self._celery.close()
+        self._redis.close()
 
-    def _drop_owed(self) -> None:
-        # While Redis is down each try costs up to seconds; what has piled up meanwhile is the sweep's to send.
-        while not self._owed.empty():
-            if not self._owed.get():
-                self._owed.put(False)
-                return
+    def _send(self, count: int) -> None:
+        count = min(count, MAX_HINTS - int(self._redis.llen(POOL)))  # pyright: ignore[reportArgumentType]
+        with self._celery.producer_pool.acquire(block=True) as producer, producer.batch():  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue] - new in 5.7
+            for _ in range(count):
+                self._celery.send_task(TASK, queue=POOL, producer=producer, ignore_result=True)
 
 
 async def count_hints(client: Redis) -> int:

@@ -7,6 +7,7 @@ A key is made of our own ids and an extension of our own choosing, never of a ca
 """
 
 import os
+import re
 import secrets
 import time
 from datetime import datetime
@@ -24,6 +25,8 @@ from core.settings import Settings
 
 FILES_PATH = "/v2/files"
 """Where the API serves the objects of a local folder."""
+
+_KEY = re.compile(r"(uploads|results)/[0-9a-f-]{36}(/[0-9]+)?\.(png|jpg|webp)")
 
 CONTENT_TYPES = {f".{format}": format.content_type for format in OutputFormat}
 """The only content types we ever serve, by the extension that we gave the key."""
@@ -108,10 +111,9 @@ class LocalStorage:
 
     def path(self, key: str) -> Path:
         """Return where `key` lies. Keys are ours or carry our signature, yet none may lead out of the folder."""
-        path = (self._folder / key).resolve()
-        if not path.is_relative_to(self._folder):
+        if not _KEY.fullmatch(key):
             raise NotFound("There is no such object.")
-        return path
+        return self._folder / key
 
     @staticmethod
     def _write(path: Path, data: bytes) -> None:

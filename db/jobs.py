@@ -11,11 +11,13 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
-    ColumnElement,
+    Interval,
     RowMapping,
     Select,
+    Text,
     and_,
     any_,
+    bindparam,
     case,
     func,
     insert,
@@ -24,6 +26,7 @@ from sqlalchemy import (
     tuple_,
     update,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.errors import LeaseLost, UpscaledError
@@ -93,7 +96,7 @@ class JobRecord:
 
 async def submit(connection: AsyncConnection, job: NewJob) -> None:
     """Record a queued job; the caller hints once this is committed."""
-    values = {
+    values: dict[str, Any] = {
         "id": job.id,
         "api_key_id": job.api_key_id,
         "model": job.model,
@@ -104,7 +107,10 @@ async def submit(connection: AsyncConnection, job: NewJob) -> None:
         "webhook_url": job.webhook_url,
         "webhook_events": [event.value for event in job.webhook_events],
     }
-    await connection.execute(insert(Job), values)
+    await connection.execute(_SUBMIT, values)
+
+
+_SUBMIT = insert(Job)
 
 
 async def claim(connection: AsyncConnection, worker: str) -> Attempt | None:
@@ -112,30 +118,38 @@ async def claim(connection: AsyncConnection, worker: str) -> Attempt | None:
 
     None can mean that every queued row was locked by others at that moment: ask once more before going idle.
     """
-    oldest = (
-        select(Job.id)
-        .where(Job.status == JobStatus.QUEUED)
-        .order_by(Job.created_at, Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
-    statement = (
-        update(Job)
-        .where(Job.id == oldest, Job.status == JobStatus.QUEUED)
-        .values(status=JobStatus.PROCESSING.value, attempt=Job.attempt + 1, worker=worker, started_at=func.now())
-        .returning(Job.id, Job.attempt, Job.options, Job.image_url, Job.image_key)
-    )
-    row = (await connection.execute(statement)).one_or_none()
+    row = (await connection.execute(_CLAIM, {"claimed_by": worker})).one_or_none()
     if row is None:
         return None
     return Attempt(row.id, row.attempt, UpscaleOptions.model_validate(row.options), row.image_url, row.image_key)
 
 
+_OLDEST = (
+    select(Job.id)
+    .where(Job.status == JobStatus.QUEUED)
+    .order_by(Job.created_at, Job.id)
+    .limit(1)
+    .with_for_update(skip_locked=True)
+    .scalar_subquery()
+)
+
+_CLAIM = (
+    update(Job)
+    .where(Job.id == _OLDEST, Job.status == JobStatus.QUEUED)
+    .values(
+        status=JobStatus.PROCESSING.value,
+        attempt=Job.attempt + 1,
+        worker=bindparam("claimed_by"),
+        started_at=func.now(),
+    )
+    .returning(Job.id, Job.attempt, Job.options, Job.image_url, Job.image_key)
+)
+
+
 async def is_current(connection: AsyncConnection, attempt: Attempt) -> bool:
     """Tell whether the attempt still owns its job."""
-    statement = select(literal(1)).where(_owned_by(attempt))
-    return (await connection.execute(statement)).first() is not None
+    statement = select(literal(1)).where(_CURRENT)
+    return (await connection.execute(statement, _fence(attempt))).first() is not None
 
 
 async def complete(
@@ -146,13 +160,8 @@ async def complete(
     Raises:
         LeaseLost: the attempt is no longer current; nothing was changed and its object belongs to nobody.
     """
-    changes = {
-        "status": JobStatus.COMPLETED.value,
-        "result_key": result_key,
-        "result": asdict(result),
-        "expires_at": func.now() + ttl,
-    }
-    await _end(connection, attempt, changes, WebhookEvent.COMPLETED)
+    values = {"key": result_key, "known": asdict(result), "ttl": ttl}
+    await _end(connection, attempt, _COMPLETE, values, JobStatus.COMPLETED)
 
 
 async def fail(connection: AsyncConnection, attempt: Attempt, error: UpscaledError) -> None:
@@ -161,15 +170,22 @@ async def fail(connection: AsyncConnection, attempt: Attempt, error: UpscaledErr
     Raises:
         LeaseLost: the attempt is no longer current; nothing was changed.
     """
-    changes = {"status": JobStatus.FAILED.value, "error": str(error), "error_code": error.code}
-    await _end(connection, attempt, changes, WebhookEvent.FAILED)
+    await _end(connection, attempt, _FAIL, {"sentence": str(error), "code": error.code}, JobStatus.FAILED)
 
 
-async def _end(connection: AsyncConnection, attempt: Attempt, changes: dict[str, Any], event: WebhookEvent) -> None:
+_CURRENT = and_(Job.id == bindparam("job_id"), Job.attempt == bindparam("number"), Job.status == JobStatus.PROCESSING)
+
+
+def _fence(attempt: Attempt) -> dict[str, Any]:
+    return {"job_id": attempt.job_id, "number": attempt.number}
+
+
+def _ending(status: JobStatus, event: WebhookEvent, changes: dict[str, Any]) -> Select[UUID]:
+    """Return the statement that ends a job and, by the same stroke, records the delivery that reports it."""
     ended = (
         update(Job)
-        .where(_owned_by(attempt))
-        .values(completed_at=func.now(), **changes)
+        .where(_CURRENT)
+        .values(status=status.value, completed_at=func.now(), **changes)
         .returning(Job.id, Job.webhook_url, Job.webhook_events)
         .cte("ended")
     )
@@ -181,18 +197,37 @@ async def _end(connection: AsyncConnection, attempt: Attempt, changes: dict[str,
         )
         .cte("owed")
     )
-    if (await connection.execute(select(ended.c.id).add_cte(owed))).one_or_none() is not None:
+    return select(ended.c.id).add_cte(owed)
+
+
+_COMPLETE = _ending(
+    JobStatus.COMPLETED,
+    WebhookEvent.COMPLETED,
+    {
+        "result_key": bindparam("key", type_=Text),
+        "result": bindparam("known", type_=JSONB),
+        "expires_at": func.now() + bindparam("ttl", type_=Interval),
+    },
+)
+
+_FAIL = _ending(
+    JobStatus.FAILED,
+    WebhookEvent.FAILED,
+    {"error": bindparam("sentence", type_=Text), "error_code": bindparam("code", type_=Text)},
+)
+
+
+async def _end(
+    connection: AsyncConnection, attempt: Attempt, ending: Select[UUID], values: dict[str, Any], status: JobStatus
+) -> None:
+    if (await connection.execute(ending, _fence(attempt) | values)).one_or_none() is not None:
         return
     # An earlier call may have been committed though its answer was lost: then this one is a repetition, and true.
     repeated = select(literal(1)).where(
-        Job.id == attempt.job_id, Job.attempt == attempt.number, Job.status == changes["status"]
+        Job.id == attempt.job_id, Job.attempt == attempt.number, Job.status == status.value
     )
     if (await connection.execute(repeated)).first() is None:
         raise LeaseLost(f"Attempt {attempt.number} no longer owns job {attempt.job_id}.")
-
-
-def _owned_by(attempt: Attempt) -> ColumnElement[bool]:
-    return and_(Job.id == attempt.job_id, Job.attempt == attempt.number, Job.status == JobStatus.PROCESSING)
 
 
 async def count_queued(connection: AsyncConnection, older_than: timedelta, limit: int) -> int:
@@ -241,9 +276,12 @@ def _record(row: RowMapping) -> JobRecord:
 
 async def read(connection: AsyncConnection, job_id: UUID, api_key_id: UUID) -> JobRecord | None:
     """Return the job, or None when there is none of that id under that key."""
-    found = await connection.execute(_RECORD.where(Job.id == job_id, Job.api_key_id == api_key_id))
+    found = await connection.execute(_READ, {"job_id": job_id, "owner": api_key_id})
     row = found.mappings().one_or_none()
     return None if row is None else _record(row)
+
+
+_READ = _RECORD.where(Job.id == bindparam("job_id"), Job.api_key_id == bindparam("owner"))
 
 
 async def read_any(connection: AsyncConnection, job_id: UUID) -> JobRecord | None:

@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import func, insert, select
+from sqlalchemy import bindparam, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from db.models import Upload
@@ -23,7 +23,10 @@ async def record(
 
 async def find_key(connection: AsyncConnection, upload_id: UUID, api_key_id: UUID) -> str | None:
     """Return where the upload lies; None when it has expired, or is not that key's, or never was."""
-    statement = select(Upload.key).where(
-        Upload.id == upload_id, Upload.api_key_id == api_key_id, Upload.expires_at > func.now()
-    )
-    return (await connection.execute(statement)).scalar_one_or_none()
+    found = await connection.execute(_FIND_KEY, {"upload_id": upload_id, "owner": api_key_id})
+    return found.scalar_one_or_none()
+
+
+_FIND_KEY = select(Upload.key).where(
+    Upload.id == bindparam("upload_id"), Upload.api_key_id == bindparam("owner"), Upload.expires_at > func.now()
+)

@@ -12,15 +12,12 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.errors import DatabaseUnavailable
-from core.queue import Hints, count_hints
+from core.queue import MAX_HINTS, Hints, count_hints
 from core.settings import Settings
 from db import jobs
 from db.session import Database
 
 ADVISORY_LOCK = 0x7377656570  # "sweep": whoever holds it sweeps
-
-MAX_HINTS = 1000
-"""More hints than this never need to wait in Redis: each worker takes one at a time, and the sweep comes again."""
 
 logger = logging.getLogger(__name__)
 

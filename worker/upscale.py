@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
@@ -58,10 +59,15 @@ class _Parts:
 def open_worker(settings: Settings, engine: Engine) -> Generator["Worker"]:
     """Start an event loop in a thread, connect there, and lend a Worker that reaches it through one portal."""
     with (
-        start_blocking_portal() as portal,
+        start_blocking_portal(backend_options={"use_uvloop": sys.platform != "win32"}) as portal,
         portal.wrap_async_context_manager(_open_parts(settings)) as parts,
     ):
-        yield Worker(settings, engine, portal, parts)
+        worker = Worker(settings, engine, portal, parts)
+        watch = portal.start_task_soon(worker.watch)
+        try:
+            yield worker
+        finally:
+            watch.cancel()
 
 
 @asynccontextmanager
@@ -84,6 +90,7 @@ class Worker:
         self._portal = portal
         self._parts = parts
         self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._running: tuple[Attempt, threading.Event] | None = None
 
     def run_next(self) -> bool:
         """Claim the next job and carry it to its end; return whether there was one.
@@ -129,8 +136,10 @@ class Worker:
         options = attempt.options
         picture = images.decode(self._portal.call(self._read, attempt), self._settings.max_output_pixels)
         check_output(picture.width, picture.height, options, self._settings.max_output_pixels)
-        with self._watched(attempt) as lost:
-            upscaled = self._engine.upscale(picture, options, self._reporter(attempt), lost.is_set)
+        lost = threading.Event()
+        self._running = (attempt, lost)
+        upscaled = self._engine.upscale(picture, options, self._reporter(attempt), lost.is_set)
+        self._running = None
         data = images.encode(upscaled, options.output_format, options.output_quality)
         result = Result(
             engine=self._engine.name,
@@ -192,19 +201,13 @@ class Worker:
                     raise
                 await anyio.sleep(FINISH_RETRY_SECONDS)
 
-    @contextmanager
-    def _watched(self, attempt: Attempt) -> Generator[threading.Event]:
-        """Lend an event that is set once the job is no longer this attempt's."""
-        lost = threading.Event()
-        watch = self._portal.start_task_soon(self._watch, attempt, lost)
-        try:
-            yield lost
-        finally:
-            watch.cancel()
-
-    async def _watch(self, attempt: Attempt, lost: threading.Event) -> None:
-        while not lost.is_set():
+    async def watch(self) -> None:
+        """Tell the engine to stop once the job it works on is no longer ours; runs beside all jobs, until cancelled."""
+        while True:
             await anyio.sleep(WATCH_SECONDS)
+            if self._running is None:
+                continue
+            attempt, lost = self._running
             try:
                 async with self._parts.database.connection() as connection:
                     if not await jobs.is_current(connection, attempt):
@@ -214,7 +217,7 @@ class Worker:
 
     def _reporter(self, attempt: Attempt) -> Callable[[float], None]:
         """Return the engine's on_progress: it never waits, and drops what comes too fast to be seen."""
-        shown_at = 0.0
+        shown_at = time.monotonic()
 
         def report(fraction: float) -> None:
             nonlocal shown_at

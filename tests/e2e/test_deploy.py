@@ -368,5 +368,6 @@ def test_started_on_an_empty_database_the_services_carry_a_job_from_submission_t
 def _until(holds: Callable[[], bool], deployment: Deployment) -> None:
     give_up_at = time.monotonic() + 60
     while not holds():
-        assert time.monotonic() < give_up_at, [deployment.said(name) for name in ("api", "dispatcher", "worker")]
+        up_and_in_time = deployment.running() == {"api", "dispatcher", "worker"} and time.monotonic() < give_up_at
+        assert up_and_in_time, [deployment.said(name) for name in ("api", "dispatcher", "worker")]
         time.sleep(0.1)

@@ -64,12 +64,16 @@ def test_a_url_without_a_signature_is_refused(anonymous: TestClient, url: str) -
 
 
 def test_an_expired_url_is_refused(anonymous: TestClient, settings: Settings) -> None:
-    url = open_storage(settings).url("results/a/1.png", datetime.now(UTC) - timedelta(seconds=1))
+    url = open_storage(settings).url(
+        "results/00000000-0000-0000-0000-000000000000/1.png", datetime.now(UTC) - timedelta(seconds=1)
+    )
     assert anonymous.get(url).status_code == 403
 
 
 def test_a_signed_url_of_nothing_is_not_found(anonymous: TestClient, settings: Settings) -> None:
-    url = open_storage(settings).url("results/a/1.png", datetime.now(UTC) + timedelta(minutes=1))
+    url = open_storage(settings).url(
+        "results/00000000-0000-0000-0000-000000000000/1.png", datetime.now(UTC) + timedelta(minutes=1)
+    )
     assert anonymous.get(url).status_code == 404
 
 

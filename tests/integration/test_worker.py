@@ -223,7 +223,10 @@ def test_a_running_attempt_stops_when_its_job_is_taken_away(
     assert stopped.is_set()
 
 
-def test_progress_is_shown_while_the_job_runs(client: TestClient, settings: Settings) -> None:
+def test_progress_is_shown_while_the_job_runs(
+    client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upscale, "PROGRESS_INTERVAL_SECONDS", 0.0)
     job_id = submit(client, upload(client, png(2, 2)))
     shown: list[int] = []
 

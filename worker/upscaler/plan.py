@@ -32,8 +32,8 @@ class Span(NamedTuple):
 def output_size(width: int, height: int, scale_factor: float) -> Size:
     """Multiply both sides by `scale_factor`, rounding halves up; no side is less than 1.
 
-    The factor counts as the decimal number it is written as: 10 pixels times 1.15 is 11.5, hence 12, although the
-    binary 1.15 is a little less.
+    The factor counts as the decimal it is written as: 50 pixels times 1.13 are 56.5, hence 57, although in binary the
+    product is a little less.
     """
     factor = Decimal(repr(float(scale_factor)))
     return Size(width=_scaled(width, factor), height=_scaled(height, factor))

@@ -1,0 +1,122 @@
+"""The choice of an engine."""
+
+import logging
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from core.errors import DeploymentError
+from core.options import UpscaleOptions
+from worker.upscaler import engines
+from worker.upscaler.engine import Engine, Picture
+
+
+class Mirror:
+    """A third party's engine."""
+
+    name = "mirror"
+
+    def upscale(
+        self,
+        picture: Picture,
+        options: UpscaleOptions,
+        on_progress: Callable[[float], None],
+        should_stop: Callable[[], bool],
+    ) -> Picture:
+        assert options
+        assert not should_stop()
+        on_progress(1.0)
+        return Picture(np.ascontiguousarray(picture.rgb[:, ::-1]), picture.alpha)
+
+
+class Demanding(Mirror):
+    def __init__(self, weights: str) -> None:
+        self.weights = weights
+
+
+class Nameless:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    module = ModuleType("elsewhere")
+    vars(module).update(Mirror=Mirror, Demanding=Demanding, Nameless=Nameless, broken=3)
+    monkeypatch.setitem(sys.modules, "elsewhere", module)
+
+
+def test_lanczos_is_loaded_by_its_name_and_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    engine = engines.load("lanczos")
+    assert isinstance(engine, Engine)
+    assert engine.name == "lanczos"
+    assert not caplog.records
+
+
+def test_auto_falls_back_to_lanczos_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert engines.load("auto").name == "lanczos"
+    assert [(record.levelno, "lanczos" in record.message) for record in caplog.records] == [(logging.WARNING, True)]
+
+
+def test_clarity_is_refused_in_one_honest_sentence() -> None:
+    with pytest.raises(DeploymentError, match=r"^UPSCALED_ENGINE is clarity, but this build carries no .*\.$"):
+        engines.load("clarity")
+
+
+def test_an_unknown_choice_is_refused_with_the_choices() -> None:
+    with pytest.raises(DeploymentError, match=r"'magic'.* auto, lanczos, clarity and package\.module:Class"):
+        engines.load("magic")
+
+
+def test_a_class_from_elsewhere_is_imported_and_made() -> None:
+    engine = engines.load("elsewhere:Mirror")
+    picture = Picture(np.arange(6, dtype=np.uint8).reshape(1, 2, 3))
+    mirrored = engine.upscale(picture, UpscaleOptions(), lambda _: None, lambda: False)
+    assert mirrored.rgb.tolist() == [[[3, 4, 5], [0, 1, 2]]]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "no_such_package:Engine",
+        "elsewhere:Missing",
+        "elsewhere:Demanding",
+        "elsewhere:Nameless",
+        "elsewhere:broken",
+        "elsewhere:",
+        ":Mirror",
+        ".relative:Mirror",
+        "else where:Mirror",
+        "elsewhere:Mirror:twice",
+    ],
+)
+def test_a_class_that_cannot_be_an_engine_is_refused_in_one_sentence_that_names_it(choice: str) -> None:
+    with pytest.raises(DeploymentError) as refused:
+        engines.load(choice)
+    assert str(refused.value).startswith(f"UPSCALED_ENGINE is {choice!r}, which ")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("rgb", "alpha"),
+    [
+        (np.zeros((2, 3), np.uint8), None),
+        (np.zeros((2, 3, 4), np.uint8), None),
+        (np.zeros((0, 3, 3), np.uint8), None),
+        (np.zeros((2, 3, 3), np.float32), None),
+        (np.zeros((2, 3, 3), np.uint8), np.zeros((3, 2), np.uint8)),
+        (np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3), np.bool_)),
+    ],
+)
+def test_a_picture_refuses_arrays_of_another_shape_or_type(
+    rgb: np.typing.NDArray[np.uint8], alpha: np.typing.NDArray[np.uint8] | None
+) -> None:
+    with pytest.raises(ValueError, match="must be uint8 of shape"):
+        Picture(rgb, alpha)
+
+
+def test_a_picture_knows_its_width_and_height() -> None:
+    picture = Picture(np.zeros((2, 5, 3), np.uint8), np.zeros((2, 5), np.uint8))
+    assert (picture.width, picture.height) == (5, 2)
