@@ -98,4 +98,3 @@ def _pgbench(settings: Settings, script: str, clients: int, seconds: float) -> f
     if done.returncode != 0 or match is None:
         raise RuntimeError(f"pgbench failed: {done.stderr[-2000:]}")
     return float(match[1])
-

@@ -27,7 +27,8 @@ READY_SECONDS = 60.0
 STOP_SECONDS = 30.0
 """How long our processes get to finish what they do; a worker finishes its job."""
 
-PROCESSES = ("api", "worker", "dispatcher")
+STANDARD_ERROR = 2
+"""The file descriptor: our own standard output is for what a person asked for."""
 
 
 class Stack:
@@ -127,7 +128,7 @@ class Stack:
                 die_with_parent([sys.executable, "-m", "cli.main", command, *arguments]),
                 env={**self._given, **self.environment},
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=output or STANDARD_ERROR,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C is ours: we stop them, in order
             )

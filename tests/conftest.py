@@ -4,9 +4,10 @@ import asyncio
 import itertools
 import os
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import asyncpg
 import pytest
@@ -36,10 +37,31 @@ def _no_stray_settings() -> Generator[None]:
         yield
 
 
+class PostgresServer(Protocol):
+    """A server on which the tests may make and drop databases."""
+
+    def url(self, database: str) -> str: ...
+
+
+class GivenPostgres:
+    """The server of TEST_DATABASE_URL, whose user can make databases: to try another version of PostgreSQL."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def url(self, database: str) -> str:
+        return f"{self._url.rpartition('/')[0]}/{database}"
+
+
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Generator[Postgres]:
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Generator[PostgresServer]:
     """The real PostgreSQL, with one migrated database to clone from."""
-    with Postgres(tmp_path_factory.mktemp("postgres"), durable=False) as server:
+    with ExitStack() as started:
+        if given := os.environ.get("TEST_DATABASE_URL"):
+            server = GivenPostgres(given)
+        else:
+            server = started.enter_context(Postgres(tmp_path_factory.mktemp("postgres"), durable=False))
+        asyncio.run(_execute(server.url("postgres"), f"DROP DATABASE IF EXISTS {TEMPLATE}"))
         asyncio.run(_execute(server.url("postgres"), f"CREATE DATABASE {TEMPLATE}"))
         upgrade(server.url(TEMPLATE).replace("postgresql://", "postgresql+asyncpg://"))
         yield server
@@ -51,11 +73,11 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Generator[Redis]:
         yield server
 
 
-_numbers = itertools.count(1)
+_numbers = itertools.count(os.getpid() * 1000)  # two runs may share a given server
 
 
 @pytest.fixture
-def database_url(postgres: Postgres) -> Generator[str]:
+def database_url(postgres: PostgresServer) -> Generator[str]:
     """A database of the test's own: tests commit for real, on as many connections as they like."""
     name = f"test_{next(_numbers)}"
     asyncio.run(_execute(postgres.url("postgres"), f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY"))

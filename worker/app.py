@@ -28,7 +28,7 @@ def run(settings: Settings) -> None:
         # One thread: the loop that talks to Redis stays alive beside the job, and CUDA stays in one process.
         celery.worker_main(
             [
-                *("worker", "--pool=threads", "--concurrency=1", f"--queues={POOL}", "--loglevel=WARNING"),
+                *("--quiet", "worker", "--pool=threads", "--concurrency=1", f"--queues={POOL}", "--loglevel=WARNING"),
                 *("--without-gossip", "--without-mingle", "--without-heartbeat"),
             ]
         )

@@ -79,6 +79,17 @@ def test_keys_can_be_made_while_the_service_runs(stack: Stack) -> None:
         assert json.load(response)["apiKey"]["name"] == "second"
 
 
+def test_servers_that_the_environment_names_are_used_and_none_is_started(
+    tmp_path: Path, database_url: str, redis_url: str, web: Web
+) -> None:
+    addresses = {"UPSCALED_DATABASE_URL": database_url, "UPSCALED_REDIS_URL": redis_url}
+    environ = {**os.environ, **QUICK, **addresses}
+    with Stack(tmp_path / "data", port=free_port(), logs=tmp_path, environ=environ) as stack:
+        assert (stack.postgres, stack.redis) == (None, None)
+        job_id = _call(stack, "/v2/images/upscale", body_of(web.serve("/photo", png(8, 8))))["jobId"]
+        assert _finished(stack, job_id)["status"] == "COMPLETED"
+
+
 def test_a_worker_that_must_not_fall_back_refuses_to_start(stack: Stack) -> None:
     environment = {**os.environ, **stack.environment, "UPSCALED_ENGINE": "clarity"}
     done = subprocess.run(

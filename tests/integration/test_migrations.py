@@ -8,7 +8,6 @@ from typing import Any
 
 from alembic import command
 
-from cli.embedded import Postgres
 from cli.migrations import config, upgrade
 from core.settings import Settings
 
@@ -35,7 +34,7 @@ def test_migrating_twice_changes_nothing(settings: Settings, sql: Sql) -> None:
     assert len(sql("SELECT * FROM alembic_version")) == 1
 
 
-def test_processes_that_migrate_at_once_do_not_collide(postgres: Postgres, sql: Sql, settings: Settings) -> None:
+def test_processes_that_migrate_at_once_do_not_collide(sql: Sql, settings: Settings) -> None:
     sql("DROP SCHEMA public CASCADE")
     sql("CREATE SCHEMA public")
     code = f"from cli.migrations import upgrade; upgrade({settings.database_url!r})"
