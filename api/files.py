@@ -22,7 +22,7 @@ _DOCUMENTED: dict[int | str, dict[str, Any]] = {
     206: {"description": "The part of the image that Range asked for."},
     304: {"description": "The image has not changed."},
     416: {"description": "Range asks for what is not there."},
-    **documented(400, 403, 404),
+    **documented(403, 404),
 }
 
 
