@@ -85,7 +85,7 @@ class Stack:
         """Return on Ctrl-C; raises DeploymentError when one of our processes ends by itself."""
         try:
             while True:
-                self._require_running()
+                self.require_running()
                 time.sleep(0.5)
         except KeyboardInterrupt:
             return
@@ -139,7 +139,7 @@ class Stack:
     def _wait_until_ready(self) -> None:
         give_up_at = time.monotonic() + READY_SECONDS
         while time.monotonic() < give_up_at:
-            self._require_running()
+            self.require_running()
             try:
                 with urllib.request.urlopen(f"{self.url}/readyz", timeout=5):  # noqa: S310 - our own address
                     return
@@ -147,7 +147,8 @@ class Stack:
                 time.sleep(0.1)
         raise DeploymentError(f"The API did not come up on {self.url} within {READY_SECONDS:g} seconds.")
 
-    def _require_running(self) -> None:
+    def require_running(self) -> None:
+        """Raise DeploymentError when one of our processes has ended by itself."""
         for name, process in self.processes.items():
             if process.poll() is not None:
                 raise DeploymentError(f"{name} ended by itself with status {process.returncode}.{self._tail(name)}")

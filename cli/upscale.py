@@ -61,7 +61,7 @@ async def _upscale(stack: Stack, image: Path, scale: int, output_format: str) ->
             "clarityUpscaleParams": {"image": upload["url"], "scale_factor": scale, "output_format": output_format},
         }
         accepted = await _json(session.post("/v2/images/upscale", json=request))
-        job = await _follow(session, accepted["jobId"])
+        job = await _follow(stack, session, accepted["jobId"])
         if job["status"] != "COMPLETED":
             raise JobFailed(job["error"])
         async with session.get(job["result"]["images"][0]) as response:
@@ -69,13 +69,14 @@ async def _upscale(stack: Stack, image: Path, scale: int, output_format: str) ->
             return job, await response.read()
 
 
-async def _follow(session: aiohttp.ClientSession, job_id: str) -> dict[str, Any]:
+async def _follow(stack: Stack, session: aiohttp.ClientSession, job_id: str) -> dict[str, Any]:
     with click.progressbar(length=100, label="Upscaling", file=sys.stderr, show_eta=False) as bar:
         while True:
             job = await _json(session.get(f"/v2/jobs/{job_id}"))
             bar.update(job["progress"] - bar.pos)
             if job["status"] not in ("QUEUED", "PROCESSING"):
                 return job
+            stack.require_running()
             await asyncio.sleep(POLL_SECONDS)
 
 
