@@ -15,17 +15,18 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import aiohttp
 import psutil
+from PIL import Image
 
 from bench.floor import Floor, measure_floor
 from cli.processes import free_port
 from cli.stack import Stack
-from tests.requests import body_of, png
 
 POLL_SECONDS, POLL_GROWTH, POLL_MAX_SECONDS = 0.02, 1.5, 0.05
 """How a client polls: as Apiframe's SDK does (2 s, growing by half up to 5 s), a hundred times faster."""
@@ -104,7 +105,8 @@ class Session:
     def __init__(self, stack: Stack, clients: int) -> None:
         self._stack = stack
         self._clients = clients
-        self._image = asyncio.run(self._once(self._upload))
+        image = asyncio.run(self._once(self._upload))
+        self._request = {"model": "clarity-upscale", "clarityUpscaleParams": {"image": image, "scale_factor": 1}}
         self._polled = asyncio.run(self._once(self.submit))
         self.key_id = UUID(asyncio.run(self._once(lambda http: self._get(http, "/v2/me")))["apiKey"]["id"])
 
@@ -128,7 +130,7 @@ class Session:
 
     async def submit(self, http: aiohttp.ClientSession) -> str:
         """Submit one job and return its id."""
-        async with http.post("/v2/images/upscale", json=body_of(self._image, scale_factor=1)) as response:
+        async with http.post("/v2/images/upscale", json=self._request) as response:
             response.raise_for_status()
             return (await response.json())["jobId"]
 
@@ -147,7 +149,9 @@ class Session:
             pause = min(pause * POLL_GROWTH, POLL_MAX_SECONDS)
 
     async def _upload(self, http: aiohttp.ClientSession) -> str:
-        async with http.post("/v2/uploads", data={"file": png(IMAGE_SIDE_PIXELS, IMAGE_SIDE_PIXELS)}) as response:
+        picture = BytesIO()
+        Image.linear_gradient("L").resize((IMAGE_SIDE_PIXELS, IMAGE_SIDE_PIXELS)).convert("RGB").save(picture, "PNG")
+        async with http.post("/v2/uploads", data={"file": picture.getvalue()}) as response:
             response.raise_for_status()
             return f"upload://{(await response.json())['id']}"
 

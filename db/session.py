@@ -1,4 +1,4 @@
-"""The connection pool, and the two ways of using it: a transaction, or single statements."""
+"""The connection pool. Every statement on its connections is a transaction by itself."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -19,35 +19,16 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         self._engine = create_async_engine(
             settings.database_url,
+            # No BEGIN and COMMIT around single statements: what must happen together is one statement.
+            isolation_level="AUTOCOMMIT",
             pool_size=settings.database_pool_size,
             max_overflow=0,
             pool_timeout=5,
-            connect_args={
-                "timeout": 5,
-                "command_timeout": 30,
-                "server_settings": {
-                    "application_name": "upscaled",
-                    # No transaction of ours stays open while anything else works; one that does is a bug or a
-                    # partition, and would hold back every vacuum.
-                    "idle_in_transaction_session_timeout": "10000",
-                },
-            },
+            connect_args={"timeout": 5, "command_timeout": 30, "server_settings": {"application_name": "upscaled"}},
         )
-        # Single statements are transactions by themselves: no BEGIN and COMMIT around them.
-        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
 
     async def close(self) -> None:
         await self._engine.dispose()
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[AsyncConnection]:
-        """Commit what the block did, or nothing of it; it is committed when the block has been left.
-
-        Raises:
-            DatabaseUnavailable: Postgres cannot be reached, or went away.
-        """
-        async with _translated(), self._engine.begin() as connection:
-            yield connection
 
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[AsyncConnection]:
@@ -56,7 +37,7 @@ class Database:
         Raises:
             DatabaseUnavailable: Postgres cannot be reached, or went away.
         """
-        async with _translated(), self._autocommit.connect() as connection:
+        async with _translated(), self._engine.connect() as connection:
             yield connection
 
 
