@@ -30,7 +30,7 @@ from worker.upscaler import images
 from worker.upscaler.engine import Engine
 from worker.upscaler.plan import check_output
 
-EMPTY_CLAIM_PAUSE_SECONDS = 0.05
+EMPTY_CLAIM_PAUSE_SECONDS = 0.005
 """A claim comes back empty when every queued row is locked by others: it is asked once more after this pause."""
 
 WATCH_SECONDS = 5.0
