@@ -35,7 +35,7 @@ _WORDS = {
     "missing": "is required",
     "extra_forbidden": "unknown field",
     "json_invalid": "is not valid JSON",
-    "model_attributes_type": "must be a JSON object",
+    "model_attributes_type": "must be a JSON object, sent as application/json",
 }
 
 logger = logging.getLogger(__name__)

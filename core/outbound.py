@@ -1,6 +1,7 @@
 """The one HTTP client for every URL that a user gave; it refuses at connect time what the service must not reach."""
 
 import ipaddress
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     elif address in _REFUSED_V4:
         return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
+
+
+_PLAIN = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff]*")
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,10 @@ def check_url(url: str) -> URL:
     """Parse a user's URL and check everything that can be checked without the network.
 
     Raises:
-        UrlNotAllowed: not http or https, no host, or a user name in it.
+        UrlNotAllowed: not http or https, no host, a user name in it, or characters that no URL has.
     """
+    if not _PLAIN.fullmatch(url):
+        raise UrlNotAllowed("The URL must not contain spaces or control characters.")
     try:
         parsed = URL(url)
         host, port = parsed.host, parsed.port

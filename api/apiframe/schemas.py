@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,7 +30,18 @@ MODEL = "clarity-upscale"
 PARAMS_FIELD = "clarityUpscaleParams"
 
 Timestamp = Annotated[datetime, PlainSerializer(timestamp, return_type=str)]
-Prompt = Annotated[str, StringConstraints(max_length=2000)]
+
+
+def _storable(text: str) -> str:
+    """Refuse the one character that JSON can carry and Postgres cannot."""
+    if "\0" in text:
+        raise ValueError("must not contain the character NUL")
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_storable)]
+Prompt = Annotated[str, StringConstraints(max_length=2000), AfterValidator(_storable)]
+Url = Annotated[str, StringConstraints(min_length=1, max_length=2048), AfterValidator(_storable)]
 
 
 def _step(step: float) -> dict[str, Any]:
@@ -63,9 +75,7 @@ class Request(BaseModel):
 class ClarityUpscaleParams(Request):
     """The parameters of clarity-upscale; defaults and ranges are the model page's."""
 
-    image: Annotated[str, StringConstraints(min_length=1)] = Field(
-        description="An http(s) URL, a data URI with base64, or upload://<id> of an upload."
-    )
+    image: Text = Field(description="An http(s) URL, a data URI with base64, or upload://<id> of an upload.")
     prompt: Prompt = Field("", description="Describes the kind of detail to add.")
     negative_prompt: Prompt = Field("", description="Describes what to keep out.")
     scale_factor: ScaleFactor = Field(2, description="Output side over input side.")
@@ -109,8 +119,8 @@ class UpscaleRequest(Request):
     model: Literal["clarity-upscale"]
     clarityUpscaleParams: ClarityUpscaleParams
     prompt: Prompt = Field("", description="The same as in the parameters, where the model page also puts it.")
-    webhookUrl: str | None = Field(None, description="Where to POST events of this job.")
-    webhook_url: str | None = Field(None, description="The model page's spelling of webhookUrl.")
+    webhookUrl: Url | None = Field(None, description="Where to POST events of this job.")
+    webhook_url: Url | None = Field(None, description="The model page's spelling of webhookUrl.")
     webhookEvents: EventNames | None = Field(None, description="Which events; completed and failed when absent.")
     webhook_events: EventNames | None = Field(None, description="Another spelling of webhookEvents.")
 

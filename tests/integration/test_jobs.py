@@ -1,9 +1,10 @@
 """Reading jobs: one, many, and nobody else's."""
 
+import base64
 import re
 from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from starlette.testclient import TestClient
@@ -14,6 +15,11 @@ from tests.requests import png, submit, upload
 
 Sql = Callable[..., list[Any]]
 Work = Callable[[], int]
+
+
+def _cursor(moment: str) -> str:
+    return base64.urlsafe_b64encode(f"{moment} {UUID(int=0)}".encode()).decode()
+
 
 TIMESTAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
@@ -142,7 +148,10 @@ def test_the_models_in_use_are_listed_on_request(client: TestClient) -> None:
 
 @pytest.mark.parametrize(
     ("parameter", "value"),
-    [("limit", "0"), ("limit", "101"), ("status", "DONE"), ("cursor", "???"), ("search", "x"), ("scope", "all")],
+    [
+        *(("limit", "0"), ("limit", "101"), ("status", "DONE"), ("search", "x"), ("scope", "all"), ("model", "\0")),
+        *(("cursor", "???"), ("cursor", _cursor("0001-01-01T00:00:00+14:00")), ("cursor", _cursor("today"))),
+    ],
 )
 def test_a_wrong_filter_is_refused_by_its_name(client: TestClient, parameter: str, value: str) -> None:
     response = client.get("/v2/jobs", params={parameter: value})

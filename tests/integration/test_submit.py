@@ -124,6 +124,15 @@ GOOD = {"image": "https://example.com/a.png"}
         ({"image": ""}, f"{PARAMS}.image", "String should have at least 1 character"),
         ({"image": 7}, f"{PARAMS}.image", "Input should be a valid string"),
         ({"image": "photo.png"}, f"{PARAMS}.image", "must begin with http:// or https://"),
+        (GOOD | {"prompt": "a\0b"}, f"{PARAMS}.prompt", "must not contain the character NUL"),
+        (GOOD | {"prompt": "\ud800"}, f"{PARAMS}.prompt", "Input should be a valid string"),
+        (GOOD | {"creativity": float("nan")}, f"{PARAMS}.creativity", "Input should be"),
+        (GOOD | {"dynamic": float("inf")}, f"{PARAMS}.dynamic", "Input should be less than or equal to 50"),
+        (GOOD | {"seed": 10**400}, f"{PARAMS}.seed", "Input should be"),
+        ({"image": "https://example.com/\0"}, f"{PARAMS}.image", "must not contain the character NUL"),
+        ({"image": "data:image/png\0;base64,AAAA"}, f"{PARAMS}.image", "must not contain the character NUL"),
+        ({"image": "https://exa mple.com/"}, f"{PARAMS}.image", "must not contain spaces or control characters"),
+        ({"image": "https://example.com:99999/"}, f"{PARAMS}.image", "malformed"),
         ({"image": "ftp://example.com/a.png"}, f"{PARAMS}.image", "must begin with http:// or https://"),
         ({"image": "https://me:pw@example.com/"}, f"{PARAMS}.image", "must not carry a user name or password"),
         ({"image": "upload://nonsense"}, f"{PARAMS}.image", "names an upload that does not exist or has expired"),
@@ -135,7 +144,8 @@ GOOD = {"image": "https://example.com/a.png"}
 def test_a_wrong_parameter_is_refused_by_its_name(
     client: TestClient, sql: Sql, params: dict[str, Any], field: str, complaint: str
 ) -> None:
-    response = client.post("/v2/images/upscale", json={"model": "clarity-upscale", PARAMS: params})
+    body = json.dumps({"model": "clarity-upscale", PARAMS: params})  # as Python writes it, NaN and all
+    response = client.post("/v2/images/upscale", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     answer = response.json()
     assert (answer["error"], answer["code"]) == ("Validation error", "validation_error")
@@ -152,6 +162,8 @@ def test_a_wrong_parameter_is_refused_by_its_name(
         ({"webhook": "https://example.com"}, "webhook", "unknown field"),
         ({"webhookUrl": "example.com/hook"}, "webhookUrl", "must begin with http:// or https://"),
         ({"webhook_url": "file:///etc/passwd"}, "webhook_url", "must begin with http:// or https://"),
+        ({"webhookUrl": "https://example.com/\ud800"}, "webhookUrl", "Input should be a valid string"),
+        ({"webhookUrl": "https://example.com/\0"}, "webhookUrl", "must not contain the character NUL"),
         ({"webhookEvents": []}, "webhookEvents", "at least 1 item"),
         ({"webhookEvents": ["started"]}, "webhookEvents.0", "Input should be 'progress', 'completed' or 'failed'"),
         ({"webhookUrl": "https://a.com", "webhook_url": "https://b.com"}, "body", "are the same field"),
@@ -161,13 +173,14 @@ def test_a_wrong_parameter_is_refused_by_its_name(
 def test_a_wrong_field_beside_the_parameters_is_refused_by_its_name(
     client: TestClient, change: dict[str, Any], field: str, complaint: str
 ) -> None:
-    response = client.post("/v2/images/upscale", json=body_of("https://example.com/a.png") | change)
+    body = json.dumps(body_of("https://example.com/a.png") | change)
+    response = client.post("/v2/images/upscale", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert list(response.json()["details"]) == [field]
     assert complaint in response.json()["details"][field][0]
 
 
-@pytest.mark.parametrize("body", [b"{", b"", b"\xff\xfe", b'{"model": NaN'])
+@pytest.mark.parametrize("body", [b"{", b"", b"\xff\xfe", b'{"model": NaN', b"[" * 100_000, b'{"a":' * 50_000])
 def test_a_body_that_is_no_json_is_refused(client: TestClient, body: bytes) -> None:
     response = client.post("/v2/images/upscale", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
@@ -177,7 +190,7 @@ def test_a_body_that_is_no_json_is_refused(client: TestClient, body: bytes) -> N
 def test_a_body_that_is_no_object_is_refused(client: TestClient) -> None:
     response = client.post("/v2/images/upscale", json=["clarity-upscale"])
     assert response.status_code == 400
-    assert response.json()["details"] == {"body": ["must be a JSON object"]}
+    assert response.json()["details"] == {"body": ["must be a JSON object, sent as application/json"]}
 
 
 def test_a_body_beyond_the_limit_is_refused_before_it_is_read(client: TestClient, settings: Settings) -> None:
