@@ -4,6 +4,7 @@ import asyncio
 import os
 import secrets
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -66,6 +67,7 @@ class Stack:
     def __enter__(self) -> Self:
         with ExitStack() as started:
             _make_private_folder(self.folder)
+            self._require_free_port()
             self.environment = self._start_servers(started)
             self.settings = load_settings(**_as_overrides(self.environment))
             upgrade(self.settings.database_url)
@@ -90,6 +92,15 @@ class Stack:
         except KeyboardInterrupt:
             return
 
+    def _require_free_port(self) -> None:
+        # Another service there would answer /readyz in our API's place.
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self._host, self._port))
+            except OSError as error:
+                raise DeploymentError(f"Port {self._port} of {self._host} cannot be used: {error.strerror}.") from error
+
     def _start_servers(self, started: ExitStack) -> dict[str, str]:
         environment = {
             f"{PREFIX}PUBLIC_URL": self.url,
@@ -110,7 +121,7 @@ class Stack:
     def _first_key(self) -> str:
         """Return the key that this folder's service was made with; the file is for its owner's eyes only."""
         file = self.folder / "api-key"
-        if not file.exists():
+        if not file.exists() or not asyncio.run(_is_key(self.settings, file.read_text())):
             _write_private(file, asyncio.run(create_key(self.settings, "first")))
         return file.read_text()
 
@@ -169,6 +180,16 @@ async def create_key(settings: Settings, name: str) -> str:
     try:
         async with database.connection() as connection:
             return await keys.create(connection, name)
+    finally:
+        await database.close()
+
+
+async def _is_key(settings: Settings, key: str) -> bool:
+    """Tell whether the settings' database knows the key: the environment may name another one than last time."""
+    database = Database(settings)
+    try:
+        async with database.connection() as connection:
+            return await keys.find(connection, key) is not None
     finally:
         await database.close()
 

@@ -55,7 +55,8 @@ class Attempt:
 
     job_id: UUID
     number: int
-    options: UpscaleOptions
+    options: dict[str, Any]
+    """As stored; whoever runs the attempt validates them, so that what cannot be read ends the job it belongs to."""
     image_url: str | None
     image_key: str | None
 
@@ -121,7 +122,7 @@ async def claim(connection: AsyncConnection, worker: str) -> Attempt | None:
     row = (await connection.execute(_CLAIM, {"claimed_by": worker})).one_or_none()
     if row is None:
         return None
-    return Attempt(row.id, row.attempt, UpscaleOptions.model_validate(row.options), row.image_url, row.image_key)
+    return Attempt(row.id, row.attempt, row.options, row.image_url, row.image_key)
 
 
 _OLDEST = (

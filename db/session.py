@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
@@ -11,6 +11,9 @@ from core.errors import DatabaseUnavailable
 from core.settings import Settings
 
 MESSAGE = "The database cannot be reached at the moment."
+
+_PASSING = ("08", "53", "57")
+"""Classes of SQLSTATE that time mends: lost connections, spent resources, a server that starts, stops or recovers."""
 
 
 class Database:
@@ -45,9 +48,9 @@ class Database:
 async def _translated() -> AsyncGenerator[None]:
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeoutError, ConnectionError, TimeoutError) as error:
+    except (OperationalError, InterfaceError, PoolTimeoutError, PendingRollbackError, OSError) as error:
         raise DatabaseUnavailable(MESSAGE) from error
     except DBAPIError as error:
-        if error.connection_invalidated:
+        if error.connection_invalidated or str(getattr(error.orig, "sqlstate", "")).startswith(_PASSING):
             raise DatabaseUnavailable(MESSAGE) from error
         raise

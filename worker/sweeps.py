@@ -73,5 +73,6 @@ async def leading(connection: AsyncConnection) -> AsyncGenerator[bool]:
     try:
         yield leads
     finally:
-        if leads:  # the connection goes back to the pool, and would keep the lock there
+        # The connection goes back to the pool, and would keep the lock there; one that died has let go of it.
+        if leads and not connection.invalidated:
             await connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": ADVISORY_LOCK})

@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core import progress
 from core.errors import DatabaseUnavailable, InputFetchFailed, LeaseLost, NotFound, OutOfMemory, Stopped, UpscaledError
+from core.options import UpscaleOptions
 from core.outbound import Outbound
 from core.settings import Settings
 from core.storage import Storage, open_storage, result_key
@@ -133,7 +134,7 @@ class Worker:
         self._portal.call(self._fail, attempt, failure)
 
     def _upscale(self, attempt: Attempt) -> Result:
-        options = attempt.options
+        options = UpscaleOptions.model_validate(attempt.options)
         picture = images.decode(self._portal.call(self._read, attempt), self._settings.max_output_pixels)
         check_output(picture.width, picture.height, options, self._settings.max_output_pixels)
         lost = threading.Event()

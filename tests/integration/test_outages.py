@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import DBAPIError
 from starlette.testclient import TestClient
 
 from api.app import create_app
@@ -46,6 +47,21 @@ def test_connections_that_were_cut_are_replaced(client: TestClient, sql: Sql) ->
     answers = [client.get(f"/v2/jobs/{job_id}").status_code for _ in range(5)]
     assert set(answers) <= {200, 503}
     assert answers[-1] == 200
+
+
+@pytest.mark.parametrize("state", ["57P03", "53300", "08006"])
+def test_a_database_that_is_starting_or_full_is_one_that_is_away(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    class Refused(Exception):
+        sqlstate = state
+
+    def refuse(*_: object, **__: object) -> None:
+        raise DBAPIError("SELECT 1", None, Refused())
+
+    monkeypatch.setattr("db.jobs.browse", refuse)
+    response = client.get("/v2/jobs")
+    assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
 
 
 @pytest.mark.parametrize("path", ["/v2/me", "/v2/jobs"])

@@ -6,8 +6,10 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from sqlalchemy import text
 
 from core import progress
+from core.errors import DatabaseUnavailable
 from core.queue import POOL, Hints
 from core.settings import Settings
 from db.session import Database
@@ -86,6 +88,21 @@ async def test_hints_lost_with_redis_are_sent_again(settings: Settings, sweep: A
     with connect_redis(settings.redis_url) as broker:
         broker.flushall()
     assert await sweep() == 2
+
+
+async def test_a_leader_whose_connection_is_cut_stops_leading_and_nothing_else(
+    settings: Settings, sql_async: Any
+) -> None:
+    database = Database(settings)
+    with pytest.raises(DatabaseUnavailable):
+        async with database.connection() as connection, leading(connection):
+            await sql_async(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'upscaled'"
+            )
+            await connection.execute(text("SELECT 1"))
+    async with database.connection() as connection, leading(connection) as leads:
+        assert leads
+    await database.close()
 
 
 async def test_only_one_of_two_dispatchers_sweeps(settings: Settings) -> None:

@@ -187,6 +187,16 @@ def test_a_bug_in_the_engine_fails_its_job_without_telling_how(client: TestClien
     assert _failure(client, job_id) == ("FAILED", "internal", "Something went wrong on our side.")
 
 
+def test_options_that_this_worker_cannot_read_fail_their_job_and_no_other(
+    client: TestClient, work: Work, sql: Sql
+) -> None:
+    newer, other = (submit(client, upload(client, png(2, 2))) for _ in range(2))
+    sql("UPDATE jobs SET options = options || '{\"from_the_next_release\": 1}' WHERE id = $1", newer)
+    assert work() == 2
+    assert _failure(client, newer)[:2] == ("FAILED", "internal")
+    assert _finished(client, other)["status"] == "COMPLETED"
+
+
 def test_an_engine_out_of_memory_fails_its_job_by_that_name(client: TestClient, settings: Settings) -> None:
     job_id = submit(client, upload(client, png(2, 2)))
 
