@@ -21,7 +21,11 @@ POOL = "upscale"
 TASK = "upscaled.work"
 
 MAX_HINTS = 1000
-"""More hints than this never need to wait: whoever takes one works until the queue is empty."""
+"""How many hints are sent at a time at most."""
+
+ENOUGH_HINTS = 16
+"""While so many hints lie waiting no more are sent. An idle worker takes a hint at once, so hints that lie there mean
+that nobody is idle; and whoever is busy works until the queue is empty, hint or no hint."""
 
 LINGER_SECONDS = 0.005
 """How long a hint waits for company; sent alone, each would cost as much as the request that owes it."""
@@ -109,9 +113,10 @@ class Hints:
         self._redis.close()
 
     def _send(self, count: int) -> None:
-        count = min(count, MAX_HINTS - int(self._redis.llen(POOL)))  # pyright: ignore[reportArgumentType]
+        if int(self._redis.llen(POOL)) >= ENOUGH_HINTS:  # pyright: ignore[reportArgumentType]
+            return
         with self._celery.producer_pool.acquire(block=True) as producer, producer.batch():  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue] - new in 5.7
-            for _ in range(count):
+            for _ in range(min(count, MAX_HINTS)):
                 self._celery.send_task(TASK, queue=POOL, producer=producer, ignore_result=True)
 
 

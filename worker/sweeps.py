@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.errors import DatabaseUnavailable
-from core.queue import MAX_HINTS, Hints, count_hints
+from core.queue import ENOUGH_HINTS, MAX_HINTS, Hints, count_hints
 from core.settings import Settings
 from db import jobs
 from db.session import Database
@@ -58,11 +58,13 @@ class Sweeper:
         """
         pause = timedelta(seconds=self._settings.sweep_seconds)
         queued = await jobs.count_queued(connection, pause, MAX_HINTS)
-        missing = queued - await count_hints(self._redis) if queued else 0
-        if missing > 0:
-            logger.info("%d jobs queued without a hint: sending", missing)
-            self._hints.send(missing)
-        return max(0, missing)
+        hints = await count_hints(self._redis) if queued else 0
+        missing = queued - hints
+        if missing <= 0 or hints >= ENOUGH_HINTS:
+            return 0
+        logger.info("%d jobs queued without a hint: sending", missing)
+        self._hints.send(missing)
+        return missing
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from core import progress
 from core.errors import DatabaseUnavailable
-from core.queue import POOL, Hints
+from core.queue import ENOUGH_HINTS, POOL, Hints
 from core.settings import Settings
 from db.session import Database
 from tests.broker import connect_redis
@@ -74,6 +74,15 @@ async def test_missing_hints_are_sent_and_only_those(settings: Settings, sweep: 
     await _queue_jobs(sql_async, 2, "1 minute")
     assert await sweep() == 2
     _wait_for_hints(settings, 5)
+
+
+async def test_no_more_hints_are_sent_while_enough_lie_waiting(
+    settings: Settings, hints: Hints, sweep: Any, sql_async: Any
+) -> None:
+    hints.send(ENOUGH_HINTS)
+    _wait_for_hints(settings, ENOUGH_HINTS)
+    await _queue_jobs(sql_async, 100, "1 minute")
+    assert await sweep() == 0
 
 
 async def test_a_job_submitted_just_now_is_left_to_its_own_hint(sweep: Any, sql_async: Any) -> None:
