@@ -9,7 +9,7 @@ from typing import Any
 
 import redis
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -107,7 +107,7 @@ class Hints:
             closing, count = not all(owed), sum(owed)
             try:
                 self._send(count)
-            except (OperationalError, RedisError) as error:
+            except (KombuError, RedisError) as error:
                 logger.warning("%d hints dropped, the sweep will send others: %s", count, error)
         self._celery.close()
         self._redis.close()

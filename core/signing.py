@@ -9,7 +9,7 @@ def sign_object(secret: bytes, key: str, expires: int) -> str:
 
     The message names its purpose first, so that no other signature made with the same secret can stand in for it.
     """
-    return hmac.new(secret, f"object\n{key}\n{expires}".encode(), hashlib.sha256).hexdigest()
+    return hmac.new(secret, f"object\n{key}\n{expires}".encode(errors="replace"), hashlib.sha256).hexdigest()
 
 
 def verify_object(secret: bytes, key: str, expires: int, signature: str) -> bool:

@@ -13,7 +13,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, urlencode
 from uuid import UUID
 
 import anyio.to_thread
@@ -98,10 +98,10 @@ class LocalStorage:
     def key_of(self, url: str) -> str | None:
         if not url.startswith(self._base_url + "/"):
             return None
-        parts = urlsplit(url[len(self._base_url) + 1 :])
-        query = parse_qs(parts.query)
-        expires, signature = query.get("expires", [""])[0], query.get("signature", [""])[0]
-        return parts.path if self.allows(parts.path, expires, signature) else None
+        key, _, query = url[len(self._base_url) + 1 :].partition("?")
+        given = parse_qs(query)
+        expires, signature = given.get("expires", [""])[0], given.get("signature", [""])[0]
+        return key if self.allows(key, expires, signature) else None
 
     def allows(self, key: str, expires: str, signature: str) -> bool:
         """Tell whether this signature lets `key` be read now."""

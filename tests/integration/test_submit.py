@@ -246,6 +246,14 @@ def test_an_upload_can_be_used_by_its_id_and_by_its_url(client: TestClient, sql:
     assert len({row["image_key"] for row in sql("SELECT image_key FROM jobs")}) == 1
 
 
+@pytest.mark.parametrize(
+    "rest", ["//[", "//a]b", "//\uff03a/", "//\u2102\u2100/", "x?expires=9&signature=\u00e9", "?&&=%ff"]
+)
+def test_a_url_of_ours_that_was_mangled_is_just_a_url(client: TestClient, rest: str) -> None:
+    response = client.post("/v2/images/upscale", json=body_of(f"http://testserver/v2/files/{rest}"))
+    assert response.status_code in (202, 400)
+
+
 def test_an_upload_of_another_key_cannot_be_used(client: TestClient, settings: Settings, sql: Sql) -> None:
     upload = client.post("/v2/uploads", files={"file": png(30, 20)}).json()
     sql("INSERT INTO api_keys (id, name, prefix, hash) VALUES (gen_random_uuid(), 'other', 'upk_', 'x')")

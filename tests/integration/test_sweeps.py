@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any
 from uuid import uuid4
 
+import anyio
 import pytest
 from sqlalchemy import text
 
@@ -83,6 +84,20 @@ async def test_no_more_hints_are_sent_while_enough_lie_waiting(
     _wait_for_hints(settings, ENOUGH_HINTS)
     await _queue_jobs(sql_async, 100, "1 minute")
     assert await sweep() == 0
+
+
+async def test_hints_are_sent_again_once_redis_takes_them_again(settings: Settings, hints: Hints) -> None:
+    hints.send()
+    _wait_for_hints(settings, 1)
+    with connect_redis(settings.redis_url) as broker:
+        broker.config_set("maxmemory", 1)  # a full Redis: it answers, and refuses every write
+        try:
+            hints.send()
+            await anyio.sleep(1)
+        finally:
+            broker.config_set("maxmemory", 0)
+    hints.send()
+    _wait_for_hints(settings, 2)
 
 
 async def test_a_job_submitted_just_now_is_left_to_its_own_hint(sweep: Any, sql_async: Any) -> None:
