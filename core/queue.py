@@ -38,9 +38,11 @@ _CELERY_SETTINGS: Mapping[str, Any] = {
     "task_store_errors_even_if_ignored": False,
     "task_serializer": "json",
     "accept_content": ["json"],
-    # Late ack and no hoarding: a hint leaves Redis when its job is over, and waits for nobody in particular.
-    "task_acks_late": True,
-    "task_reject_on_worker_lost": True,
+    # A hint is over when it is taken, for the job is in Postgres. With a late ack, a worker whose job ended while Redis
+    # was away could not acknowledge the hint, counted it as its one message for ever, and never asked for another.
+    "task_acks_late": False,
+    # No hoarding: a busy worker takes no hint that an idle one could act on.
+    "worker_disable_prefetch": True,
     "worker_prefetch_multiplier": 1,
     # On Redis this would kill the job on a disconnect and leave its hint hidden until the visibility timeout.
     "worker_cancel_long_running_tasks_on_connection_loss": False,

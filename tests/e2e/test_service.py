@@ -65,6 +65,19 @@ def test_a_job_submitted_while_redis_is_down_completes_once_it_is_back(stack: St
     assert _finished(stack, job_id)["status"] == "COMPLETED"
 
 
+def test_a_worker_whose_job_ends_while_redis_is_down_goes_on_once_it_is_back(tmp_path: Path, web: Web) -> None:
+    environ = {**os.environ, **QUICK, "UPSCALED_ENGINE": "tests.engines:Slow"}
+    with Stack(tmp_path / "data", port=free_port(), logs=tmp_path, environ=environ) as stack:
+        request = body_of(web.serve("/photo", png(8, 8)))
+        assert stack.redis is not None
+        running = _call(stack, "/v2/images/upscale", request)["jobId"]
+        _until(lambda: _call(stack, f"/v2/jobs/{running}")["status"] == "PROCESSING")
+        stack.redis.stop()
+        assert _finished(stack, running)["status"] == "COMPLETED"
+        stack.redis.start()
+        assert _finished(stack, _call(stack, "/v2/images/upscale", request)["jobId"])["status"] == "COMPLETED"
+
+
 def test_the_log_says_once_that_lanczos_stands_in_for_missing_weights(stack: Stack) -> None:
     assert stack.logs is not None
     log = (stack.logs / "worker-1.log").read_text()
