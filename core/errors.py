@@ -19,6 +19,9 @@ class UpscaledError(Exception):
 
     code = "internal"
 
+    retry_after_seconds: int | None = None
+    """When it is worth trying again, where that is known."""
+
 
 class RequestError(UpscaledError):
     """The caller can mend it by changing the request; retrying the same request never helps."""
@@ -60,6 +63,22 @@ class PayloadTooLarge(RequestError):
     code = "payload_too_large"
 
 
+class IdempotencyKeyReused(RequestError):
+    """The key came before, with another request."""
+
+    code = "idempotency_key_reused"
+
+
+class JobNotCancellable(RequestError):
+    code = "job_not_cancellable"
+
+
+class TooManyQueued(RequestError):
+    """The API key has as many jobs waiting as it may; it has to wait for some to start."""
+
+    code = "too_many_queued"
+
+
 class UrlNotAllowed(RequestError):
     """The URL's scheme, port or address is one the service does not reach."""
 
@@ -94,6 +113,24 @@ class TransientError(UpscaledError):
     code = "unavailable"
 
 
+class QueueFull(TransientError):
+    """A job would have to wait longer than the deployment allows."""
+
+    code = "queue_full"
+
+
+class WorkerLost(TransientError):
+    """The workers that took the job died, one after the other."""
+
+    code = "worker_lost"
+
+
+class DeadlineExceeded(UpscaledError):
+    """The time that the caller gave the job is over."""
+
+    code = "deadline_exceeded"
+
+
 class OutOfMemory(TransientError):
     code = "out_of_memory"
 
@@ -125,6 +162,6 @@ class LeaseLost(UpscaledError):
 
 
 class Stopped(UpscaledError):
-    """`should_stop()` answered true, so the engine gave up at its next step."""
+    """The attempt was told to stop, by a cancel, a deadline, a drain or a lost lease, and gave up at its next step."""
 
     code = "stopped"

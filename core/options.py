@@ -57,3 +57,11 @@ class UpscaleOptions(BaseModel):
 
     output_quality: Annotated[int, Field(ge=1, le=100)] = 95
     """Quality of JPEG and WebP; PNG is lossless and ignores it."""
+
+    small_tiles: bool = False
+    """Work in smaller tiles, slower and with less memory. Set by the worker once an attempt has run out of memory."""
+
+    @property
+    def cost(self) -> float:
+        """The work that is expected, in jobs with default options: it grows with the output's area and the steps."""
+        return max(0.1, (self.scale_factor / 2) ** 2 * self.steps / 18)

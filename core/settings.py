@@ -1,7 +1,7 @@
 """Settings shared by every process: one frozen object, built where a process starts and passed on."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import AfterValidator, Field, HttpUrl, SecretStr, TypeAdapter
@@ -66,10 +66,34 @@ class Settings(BaseSettings):
     outbound_allow: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
     """Networks (CIDR, comma-separated) that user-given URLs may reach although they are not public."""
 
+    webhook_secret_overlap_seconds: Annotated[int, Field(ge=0)] = 24 * 3600
+    """How long webhooks are signed with the old secret too after a rotation."""
+    webhook_apiframe_signature: Literal["off", "digest", "hex"] = "off"
+    """Send Apiframe's own signature too; its key is the SHA-256 of the API key, as bytes or as hexadecimal digits."""
+
+    lease_seconds: Annotated[float, Field(ge=2)] = 30.0
+    """How long a worker may be silent before its jobs are given to others."""
+    max_strikes: Annotated[int, Field(ge=1)] = 3
+    """How many attempts of one job may be lost to faults before it fails."""
+    drain_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """How long a worker that was told to end goes on with its job before it gives the job back."""
+    stall_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """How long a running job may make no progress before its worker ends itself."""
+
+    max_queued: Annotated[int, Field(ge=1)] = 10_000
+    """How many jobs of one key may wait, where the key itself says nothing."""
+    max_wait_seconds: Annotated[float, Field(gt=0)] = 4 * 3600.0
+    """A job that would have to wait longer, by our estimate, is refused."""
+
     sweep_seconds: Annotated[float, Field(gt=0)] = 2.0
     """How often missing hints are looked for, and how long a hint may be under way before it counts as missing."""
 
     log_level: Annotated[str, Field(pattern="^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"
+
+    @property
+    def beat_seconds(self) -> float:
+        """How often a worker says that it lives: several beats may be lost before its lease runs out."""
+        return self.lease_seconds / 6
 
     @pydantic.field_validator("webhook_retry_seconds", "outbound_allow", mode="before")
     @classmethod

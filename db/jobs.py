@@ -6,24 +6,21 @@ delivery that reports it, is part of the same statement. `attempt` is the fence:
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
     Interval,
-    RowMapping,
     Select,
     Text,
     and_,
     any_,
     bindparam,
-    case,
     func,
     insert,
     literal,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -72,27 +69,6 @@ class Result:
     size_bytes: int
     sha256: str
     seed: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobRecord:
-    """A job as it is read: the row, and how its last webhook fared."""
-
-    id: UUID
-    api_key_id: UUID
-    status: JobStatus
-    model: str
-    input: dict[str, Any]
-    created_at: datetime
-    started_at: datetime | None
-    completed_at: datetime | None
-    expires_at: datetime | None
-    expired: bool
-    result_key: str | None
-    result: dict[str, Any] | None
-    error: str | None
-    error_code: str | None
-    webhook_status: str | None
 
 
 async def submit(connection: AsyncConnection, job: NewJob) -> None:
@@ -229,92 +205,3 @@ async def _end(
     )
     if (await connection.execute(repeated)).first() is None:
         raise LeaseLost(f"Attempt {attempt.number} no longer owns job {attempt.job_id}.")
-
-
-async def count_queued(connection: AsyncConnection, older_than: timedelta, limit: int) -> int:
-    """Return how many jobs have been queued for longer than `older_than`, counting no further than `limit`."""
-    waiting = (
-        select(Job.id)
-        .where(Job.status == JobStatus.QUEUED, Job.created_at < func.now() - older_than)
-        .limit(limit)
-        .subquery()
-    )
-    return (await connection.execute(select(func.count()).select_from(waiting))).scalar_one()
-
-
-# One row per event exists at most, and a job ends only once: its terminal delivery is the one that is no progress.
-_WEBHOOK_STATUS = (
-    select(Delivery.status)
-    .where(Delivery.job_id == Job.id, Delivery.event != WebhookEvent.PROGRESS)
-    .limit(1)
-    .correlate(Job)
-    .scalar_subquery()
-)
-
-_RECORD: Select[*tuple[Any, ...]] = select(
-    Job.id,
-    Job.api_key_id,
-    Job.status,
-    Job.model,
-    Job.input,
-    Job.created_at,
-    Job.started_at,
-    Job.completed_at,
-    Job.expires_at,
-    func.coalesce(Job.expires_at <= func.now(), False).label("expired"),
-    Job.result_key,
-    Job.result,
-    Job.error,
-    Job.error_code,
-    case((Job.webhook_url.is_not(None), _WEBHOOK_STATUS)).label("webhook_status"),
-)
-
-
-def _record(row: RowMapping) -> JobRecord:
-    values: dict[str, Any] = {**row, "status": JobStatus(row["status"])}
-    return JobRecord(**values)
-
-
-async def read(connection: AsyncConnection, job_id: UUID, api_key_id: UUID) -> JobRecord | None:
-    """Return the job, or None when there is none of that id under that key."""
-    found = await connection.execute(_READ, {"job_id": job_id, "owner": api_key_id})
-    row = found.mappings().one_or_none()
-    return None if row is None else _record(row)
-
-
-_READ = _RECORD.where(Job.id == bindparam("job_id"), Job.api_key_id == bindparam("owner"))
-
-
-async def read_any(connection: AsyncConnection, job_id: UUID) -> JobRecord | None:
-    """Return the job whoever it belongs to: for deliveries, never for callers."""
-    row = (await connection.execute(_RECORD.where(Job.id == job_id))).mappings().one_or_none()
-    return None if row is None else _record(row)
-
-
-async def models_used(connection: AsyncConnection, api_key_id: UUID) -> list[str]:
-    """Return the models that a key's jobs name, sorted."""
-    statement = select(Job.model).where(Job.api_key_id == api_key_id).distinct().order_by(Job.model)
-    return list((await connection.execute(statement)).scalars())
-
-
-async def browse(
-    connection: AsyncConnection,
-    api_key_id: UUID,
-    *,
-    limit: int,
-    status: JobStatus | None = None,
-    model: str | None = None,
-    search: UUID | None = None,
-    before: tuple[datetime, UUID] | None = None,
-) -> list[JobRecord]:
-    """List a key's jobs, newest first; `before` is the (created_at, id) after which the page begins."""
-    statement = _RECORD.where(Job.api_key_id == api_key_id).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)
-    if status is not None:
-        statement = statement.where(Job.status == status)
-    if model is not None:
-        statement = statement.where(Job.model == model)
-    if search is not None:
-        statement = statement.where(Job.id == search)
-    if before is not None:
-        statement = statement.where(tuple_(Job.created_at, Job.id) < tuple_(literal(before[0]), literal(before[1])))
-    return [_record(row) for row in (await connection.execute(statement)).mappings()]

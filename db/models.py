@@ -7,13 +7,16 @@ from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     DateTime,
+    Double,
     ForeignKey,
     Identity,
     Index,
     LargeBinary,
     MetaData,
+    SmallInteger,
     String,
     Text,
     Uuid,
@@ -48,6 +51,7 @@ class WebhookEvent(StrEnum):
     PROGRESS = "progress"
     COMPLETED = "completed"
     FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
 def _one_of(column: str, states: type[StrEnum]) -> CheckConstraint:
@@ -71,6 +75,7 @@ class Model(DeclarativeBase):
         UUID: Uuid(),
         str: Text(),
         bytes: LargeBinary(),
+        float: Double(),
         dict[str, Any]: JSONB(),
     }
 
@@ -87,6 +92,25 @@ class ApiKey(Model):
     hash: Mapped[bytes] = mapped_column(unique=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     revoked_at: Mapped[datetime | None]
+
+    weight: Mapped[float] = mapped_column(server_default=text("1"))
+    """Its share of the workers while others wait too: a key of weight 2 gets twice as much as one of weight 1."""
+    max_concurrent: Mapped[int | None]
+    """How many of its jobs may run at a time; NULL: as many as there are workers."""
+    max_queued: Mapped[int | None]
+    """How many of its jobs may wait; NULL: as many as the settings say."""
+    next_tag: Mapped[float] = mapped_column(server_default=text("0"))
+    """The start-time fair tag at which its next job may start: see db.jobs.submit."""
+    apiframe_digest: Mapped[bytes | None]
+    """SHA-256 of the bare key, with which Apiframe signs webhooks; stored only where the settings ask for that."""
+
+    __table_args__ = (
+        CheckConstraint("weight > 0", name="weight"),
+        CheckConstraint("max_concurrent > 0", name="max_concurrent"),
+        CheckConstraint("max_queued > 0", name="max_queued"),
+        # Every submit moves next_tag: with room on the page that touches no index.
+        {"postgresql_with": {"fillfactor": "50"}},
+    )
 
 
 class Job(Model):
@@ -108,17 +132,43 @@ class Job(Model):
     webhook_url: Mapped[str | None]
     webhook_events: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default=text("'{}'"))
 
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    """Among the jobs of one key, higher goes first; between keys it means nothing."""
+    cost: Mapped[float] = mapped_column(server_default=text("1"))
+    """How much work the job is expected to be: see UpscaleOptions.cost."""
+    tag: Mapped[float] = mapped_column(server_default=text("0"))
+    """The job's place in start-time fair order: the lowest goes first."""
+    idempotency_key: Mapped[str | None]
+    """Unique within its API key; the sweep frees it after a day."""
+    fingerprint: Mapped[bytes | None]
+    """SHA-256 of the request that came with the idempotency key."""
+
     attempt: Mapped[int] = mapped_column(server_default=text("0"))
     """How many times the job was claimed; the number of the current claim is the fence."""
+    strikes: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    """How many attempts were lost to a fault; a drain costs none."""
     worker: Mapped[str | None]
     """Who holds, or held, the current attempt: host and process id, for people."""
+    worker_id: Mapped[UUID | None]
+    """The row of the worker that holds, or held, the current attempt; that row may be gone."""
+    slot: Mapped[int | None]
+    """Which of its key's max_concurrent places the running job takes; NULL where the key has no limit."""
 
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    due_at: Mapped[datetime | None]
+    """Before this time a job that waits for another attempt is not claimed."""
+    deadline_at: Mapped[datetime | None]
+    """When the caller loses interest."""
+    cancel_requested_at: Mapped[datetime | None]
+    """When the caller asked to cancel a job that was running."""
     started_at: Mapped[datetime | None]
+    """When the current attempt began; NULL while there is none."""
     completed_at: Mapped[datetime | None]
     """When the job reached its last state, whichever that is."""
     expires_at: Mapped[datetime | None]
     """Until when the result can be read."""
+    purge_at: Mapped[datetime | None]
+    """When the sweep deletes the objects that the job's attempts left; NULL before it is over and after it is done."""
 
     result_key: Mapped[str | None]
     result: Mapped[dict[str, Any] | None]
@@ -130,8 +180,39 @@ class Job(Model):
         _one_of("status", JobStatus),
         CheckConstraint("num_nonnulls(image_url, image_key) = 1", name="image"),
         CheckConstraint("(status = 'COMPLETED') = (result_key IS NOT NULL)", name="result"),
-        # Claims read this one: small, since only queued jobs are in it.
-        Index("jobs_queued_idx", "created_at", "id", postgresql_where=text("status = 'QUEUED'")),
+        # Small ones, since only jobs that are not over are in them. Claims read the first: whose turn it is; and the
+        # second: which of that key's jobs it shall be.
+        Index("jobs_queued_tag_idx", "tag", "id", postgresql_where=text("status = 'QUEUED'")),
+        Index(
+            "jobs_queued_priority_idx",
+            *("api_key_id", text("priority DESC"), "tag", "id"),
+            postgresql_where=text("status = 'QUEUED'"),
+        ),
+        Index(
+            "jobs_queued_deadline_at_idx",
+            "deadline_at",
+            postgresql_where=text("status = 'QUEUED' AND deadline_at IS NOT NULL"),
+        ),
+        Index("jobs_processing_tag_idx", "tag", postgresql_where=text("status = 'PROCESSING'")),
+        # Two claims that would both take a key's last place collide here.
+        Index(
+            "jobs_processing_slot_key",
+            *("api_key_id", "slot"),
+            unique=True,
+            postgresql_where=text("status = 'PROCESSING'"),
+        ),
+        Index(
+            "jobs_image_key_idx",
+            "image_key",
+            postgresql_where=text("status IN ('QUEUED', 'PROCESSING') AND image_key IS NOT NULL"),
+        ),
+        Index("jobs_purge_at_idx", "purge_at", postgresql_where=text("purge_at IS NOT NULL")),
+        Index(
+            "jobs_idempotency_key_key",
+            *("api_key_id", "idempotency_key"),
+            unique=True,
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
         Index("jobs_api_key_id_created_at_idx", "api_key_id", text("created_at DESC"), text("id DESC")),
         # Room on the page, and a vacuum that keeps up: every job is rewritten twice.
         {
@@ -142,6 +223,58 @@ class Job(Model):
             }
         },
     )
+
+
+class Worker(Model):
+    """A worker process that lives, or did a moment ago. The sweep removes those that fell silent."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    """Drawn anew each time the process registers: a worker that was declared dead comes back as another."""
+    name: Mapped[str]
+    engine: Mapped[str]
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    beat_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    seconds_per_cost: Mapped[float | None]
+    """How long it needed lately for a job of cost 1; NULL before its first."""
+
+    # A beat changes no index, and finds room on its own page.
+    __table_args__ = ({"postgresql_with": {"fillfactor": "50"}},)
+
+
+class QueueState(Model):
+    """One row that each sweep refreshes: what a submit must know of the whole queue without counting it."""
+
+    __tablename__ = "queue_state"
+
+    one: Mapped[bool] = mapped_column(Boolean, primary_key=True, server_default=text("true"))
+    measured_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    virtual_time: Mapped[float] = mapped_column(server_default=text("0"))
+    """No job that is yet to come gets an earlier tag; it never falls."""
+    queued: Mapped[int] = mapped_column(server_default=text("0"))
+    queued_cost: Mapped[float] = mapped_column(server_default=text("0"))
+    workers: Mapped[int] = mapped_column(server_default=text("0"))
+    cost_per_second: Mapped[float | None]
+    """How much all live workers do together; NULL while nobody knows."""
+
+    __table_args__ = (CheckConstraint("one", name="one"),)
+
+
+class Tally(Model):
+    """How often something happened to jobs, counted in the statement that made it happen.
+
+    Each name is spread over several rows, so that workers seldom wait for one another's count; their sum is the tally.
+    """
+
+    __tablename__ = "tallies"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    """submitted, or the last state in lower case."""
+    shard: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    count: Mapped[int] = mapped_column(BigInteger)
+
+    __table_args__ = ({"postgresql_with": {"fillfactor": "10"}},)
 
 
 class Upload(Model):
@@ -155,6 +288,39 @@ class Upload(Model):
     size_bytes: Mapped[int]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime]
+    purged_at: Mapped[datetime | None]
+    """When the sweep deleted the object."""
+    idempotency_key: Mapped[str | None]
+    """Unique within its API key; the sweep frees it after a day."""
+    fingerprint: Mapped[bytes | None]
+    """SHA-256 of the image that came with the idempotency key."""
+
+    __table_args__ = (
+        Index("uploads_expires_at_idx", "expires_at", postgresql_where=text("purged_at IS NULL")),
+        Index(
+            "uploads_idempotency_key_key",
+            *("api_key_id", "idempotency_key"),
+            unique=True,
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
+    )
+
+
+class WebhookSecret(Model):
+    """What an API key's webhooks are signed with; while a rotation overlaps there are several."""
+
+    __tablename__ = "webhook_secrets"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    api_key_id: Mapped[UUID] = mapped_column(ForeignKey("api_keys.id"), index=True)
+    secret: Mapped[bytes]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    """Set by the rotation that replaced it; NULL: the current one, of which a key has one at most."""
+
+    __table_args__ = (
+        Index("webhook_secrets_current_key", "api_key_id", unique=True, postgresql_where=text("expires_at IS NULL")),
+    )
 
 
 class Delivery(Model):
@@ -166,9 +332,13 @@ class Delivery(Model):
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     event: Mapped[str] = mapped_column(String(16))
     url: Mapped[str]
+    receiver: Mapped[str] = mapped_column(server_default=text("''"))
+    """Scheme, host and port of the URL: what is slow, or dead, as one."""
     status: Mapped[str] = mapped_column(String(16), server_default=DeliveryStatus.PENDING.value)
     attempts: Mapped[int] = mapped_column(server_default=text("0"))
     """How many attempts were begun."""
+    schedule_start: Mapped[int] = mapped_column(server_default=text("0"))
+    """How many attempts had been begun when the schedule of retries started: not 0 after a resend."""
     due_at: Mapped[datetime] = mapped_column(server_default=func.now())
     """When to try next; while an attempt is under way, when to presume it dead."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())

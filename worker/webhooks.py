@@ -13,9 +13,9 @@ from core.errors import DatabaseUnavailable, UrlNotAllowed
 from core.outbound import Outbound
 from core.settings import Settings
 from core.storage import Storage
-from db import deliveries, jobs
+from db import deliveries, records
 from db.deliveries import DueDelivery, Outcome
-from db.jobs import JobRecord
+from db.records import JobRecord
 from db.session import Database
 
 IDLE_SECONDS = 0.5
@@ -67,7 +67,7 @@ class WebhookSender:
     async def _deliver(self, delivery: DueDelivery) -> None:
         try:
             async with self._database.connection() as connection:
-                record = await jobs.read_any(connection, delivery.job_id)
+                record = await records.read_any(connection, delivery.job_id)
             assert record is not None  # a delivery goes with its job
             outcome = await self._post(delivery, self._body(delivery, record))
             await self._record(delivery, outcome)

@@ -15,9 +15,9 @@ from api.errors import documented
 from core import progress
 from core.apiframe import result_body
 from core.errors import Forbidden, NotFound, ValidationError
-from db import jobs
-from db.jobs import JobRecord
+from db import records
 from db.models import JobStatus
+from db.records import JobRecord
 
 router = APIRouter(tags=["jobs"])
 
@@ -32,7 +32,7 @@ router = APIRouter(tags=["jobs"])
 async def read(job_id: UUID, caller: CallerDep, parts: PartsDep, response: Response) -> schemas.JobObject:
     """Return one job. Until it is over, Retry-After says when to ask again."""
     async with parts.database.connection() as connection:
-        record = await jobs.read(connection, job_id, caller.id)
+        record = await records.read(connection, job_id, caller.id)
     if record is None:
         raise NotFound("Job not found")
     if record.status in (JobStatus.QUEUED, JobStatus.PROCESSING):
@@ -60,10 +60,10 @@ async def browse(
         raise Forbidden("Only an admin can list the jobs of the team.")
     before = None if cursor is None else _read_cursor(cursor)
     async with parts.database.connection() as connection:
-        records = await jobs.browse(
+        records = await records.browse(
             connection, caller.id, limit=limit + 1, status=status, model=model, search=search, before=before
         )
-        models = {"models": await jobs.models_used(connection, caller.id)} if include_models else {}
+        models = {"models": await records.models_used(connection, caller.id)} if include_models else {}
     has_more, records = len(records) > limit, records[:limit]
     return schemas.JobList(
         jobs=[schemas.ListedJob(**await _shown(parts, record)) for record in records],
@@ -95,7 +95,7 @@ async def _shown(parts: Parts, record: JobRecord) -> dict[str, Any]:
 
 async def _progress(parts: Parts, record: JobRecord) -> int:
     if record.status is JobStatus.PROCESSING:
-        return await progress.read(parts.redis, record.id)
+        return await progress.read(parts.redis, record.id, record.attempt)
     return 100 if record.status is JobStatus.COMPLETED else 0
 
 
