@@ -21,7 +21,10 @@ STATUSES: Mapping[type[errors.UpscaledError], int] = {
     errors.KeyInactive: 403,
     errors.Forbidden: 403,
     errors.NotFound: 404,
+    errors.IdempotencyKeyReused: 409,
+    errors.JobNotCancellable: 409,
     errors.PayloadTooLarge: 413,
+    errors.TooManyQueued: 429,
     errors.RequestError: 400,
     errors.TransientError: 503,
     errors.UpscaledError: 500,
@@ -105,7 +108,8 @@ async def _on_upscaled_error(request: Request, error: Exception) -> JSONResponse
     if status >= 500:
         logger.warning("%s: %s (%s)", error.code, error, error.__cause__)
     details = error.details if isinstance(error, errors.ValidationError) else None
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
+    retry_after = error.retry_after_seconds or (RETRY_AFTER_SECONDS if status == 503 else None)
+    headers = {"Retry-After": str(retry_after)} if retry_after else None
     return problem(request, status, error.code, str(error), details, headers)
 
 

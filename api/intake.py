@@ -2,7 +2,10 @@
 
 import base64
 import binascii
+import hashlib
+import json
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -12,18 +15,23 @@ from uuid import UUID, uuid4
 import anyio.to_thread
 
 from core import storage as keys
-from core.errors import PayloadTooLarge, UrlNotAllowed, ValidationError
+from core.errors import IdempotencyKeyReused, PayloadTooLarge, QueueFull, UrlNotAllowed, ValidationError
 from core.options import MAX_SEED, OutputFormat, UpscaleOptions
 from core.outbound import check_url
 from core.queue import Hints
 from core.settings import Settings
 from core.storage import LocalStorage
-from db import jobs, uploads
-from db.jobs import NewJob
+from db import estimates, queue, uploads
+from db.estimates import State
 from db.models import WebhookEvent
+from db.queue import NewJob, Submitted
 from db.session import Database
+from db.uploads import NewUpload
 
 UPLOAD_SCHEME = "upload://"
+STATE_TTL_SECONDS = 1.0
+"""How long what is known about the queue is believed."""
+
 NOT_AN_IMAGE = "is not a PNG, JPEG or WebP image"
 
 
@@ -42,6 +50,19 @@ class Submission:
     webhook_url: str | None = None
     webhook_field: str = "webhookUrl"
     webhook_events: Sequence[WebhookEvent] = ()
+    priority: int = 0
+    """Among the jobs of the same key, higher goes first."""
+    cancel_after: timedelta | None = None
+    """How long the caller is interested."""
+    idempotency: "Idempotency | None" = None
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """What tells a repeated request from another one: the caller's key, and a digest of what came with it."""
+
+    key: str
+    fingerprint: bytes
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,8 @@ class ReceivedUpload:
     format: OutputFormat
     size_bytes: int
     expires_at: datetime
+    replayed: bool
+    """Whether it was stored by an earlier request with the same idempotency key."""
 
 
 def draw_seed() -> int:
@@ -68,16 +91,23 @@ class Intake:
         self._database = database
         self._storage = storage
         self._hints = hints
+        self._state: tuple[State, float] | None = None
 
-    async def submit(self, caller_id: UUID, submission: Submission) -> UUID:
-        """Record a job and return its id; when this returns, the job is committed.
+    async def submit(self, caller_id: UUID, submission: Submission) -> Submitted:
+        """Record a job, or find the one that this very request made before; when this returns, it is committed.
 
         Raises:
             ValidationError: the image or the webhook URL is one we cannot use.
             PayloadTooLarge: the image inside a data URI is larger than the limit.
+            IdempotencyKeyReused: the idempotency key came with another request before.
+            TooManyQueued: the key has as many jobs waiting as it may.
+            QueueFull: the job would have to wait longer than the settings allow.
         """
+        if submission.idempotency is not None and (found := await self._find(caller_id, submission.idempotency)):
+            return found  # before anything is stored, or refused for a reason that did not hold then
         if submission.webhook_url is not None:
             _check_webhook(submission)
+        await self._require_room(caller_id)
         image_url, image_key = await self._locate(caller_id, submission)
         job = NewJob(
             id=uuid4(),
@@ -89,18 +119,48 @@ class Intake:
             image_key=image_key,
             webhook_url=submission.webhook_url,
             webhook_events=submission.webhook_events,
+            priority=submission.priority,
+            cancel_after=submission.cancel_after,
+            idempotency_key=submission.idempotency and submission.idempotency.key,
+            fingerprint=submission.idempotency and submission.idempotency.fingerprint,
         )
         async with self._database.connection() as connection:
-            await jobs.submit(connection, job)
-        self._hints.send()
-        return job.id
+            submitted = await queue.submit(connection, job, self._settings.max_queued)
+        if not submitted.replayed:
+            self._hints.send()
+        return submitted
 
-    async def receive(self, caller_id: UUID, data: bytes, field: str) -> ReceivedUpload:
-        """Store an image that a caller sent.
+    async def _find(self, caller_id: UUID, idempotency: Idempotency) -> Submitted | None:
+        async with self._database.connection() as connection:
+            return await queue.find(connection, caller_id, idempotency.key, idempotency.fingerprint)
+
+    async def _require_room(self, caller_id: UUID) -> None:
+        """Refuse what would wait too long, by an estimate that a sweep made lately; without one nothing is refused."""
+        state, limit = await self.queue_state(), self._settings.max_wait_seconds
+        if (state.seconds(state.queued_cost) or 0) <= limit:
+            return
+        # The whole queue is too long; but the turn of a key that asks for little comes sooner.
+        async with self._database.connection() as connection:
+            wait = state.seconds(await estimates.cost_before(connection, caller_id)) or 0
+        if wait > limit:
+            raise QueueFull("The queue is full: a job would have to wait too long.", int(wait - limit) + 1)
+
+    async def queue_state(self) -> State:
+        """Return the queue as the last sweep saw it, or as it was a moment ago."""
+        if self._state is None or time.monotonic() > self._state[1] + STATE_TTL_SECONDS:
+            async with self._database.connection() as connection:
+                self._state = await estimates.read_state(connection), time.monotonic()
+        return self._state[0]
+
+    async def receive(
+        self, caller_id: UUID, data: bytes, field: str, idempotency_key: str | None = None
+    ) -> ReceivedUpload:
+        """Store an image that a caller sent, or find it where the same key brought the same image before.
 
         Raises:
             ValidationError: the bytes do not begin like an image that we read.
             PayloadTooLarge: there are more of them than the limit.
+            IdempotencyKeyReused: the idempotency key came with another image before.
         """
         limit = self._settings.max_input_bytes
         if len(data) > limit:
@@ -110,11 +170,25 @@ class Intake:
             raise ValidationError({field: [NOT_AN_IMAGE]})
         upload_id = uuid4()
         key = keys.upload_key(upload_id, format)
+        new = NewUpload(
+            id=upload_id,
+            api_key_id=caller_id,
+            key=key,
+            size_bytes=len(data),
+            idempotency_key=idempotency_key,
+            fingerprint=await anyio.to_thread.run_sync(_digest, data) if idempotency_key else None,
+        )
         await self._storage.write(key, data)
         ttl = timedelta(seconds=self._settings.upload_ttl_seconds)
-        async with self._database.connection() as connection:
-            expires_at = await uploads.record(connection, upload_id, caller_id, key, len(data), ttl)
-        return ReceivedUpload(upload_id, key, format, len(data), expires_at)
+        try:
+            async with self._database.connection() as connection:
+                stored = await uploads.record(connection, new, ttl)
+        except IdempotencyKeyReused:
+            await self._storage.delete(key)
+            raise
+        if stored.replayed:
+            await self._storage.delete(key)
+        return ReceivedUpload(stored.id, stored.key, format, len(data), stored.expires_at, stored.replayed)
 
     async def _locate(self, caller_id: UUID, submission: Submission) -> tuple[str | None, str | None]:
         """Return (URL to fetch, None) or (None, key of a stored object)."""
@@ -143,6 +217,16 @@ class Intake:
         if key is None:
             raise complaint
         return key
+
+
+def fingerprint(path: str, body: Any) -> bytes:
+    """Return the SHA-256 of a validated request in canonical JSON, and of where it was sent."""
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return _digest(f"{path}\n{canonical}".encode())
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def _check_webhook(submission: Submission) -> None:

@@ -77,6 +77,7 @@ class TooManyQueued(RequestError):
     """The API key has as many jobs waiting as it may; it has to wait for some to start."""
 
     code = "too_many_queued"
+    retry_after_seconds = 10
 
 
 class UrlNotAllowed(RequestError):
@@ -117,6 +118,10 @@ class QueueFull(TransientError):
     """A job would have to wait longer than the deployment allows."""
 
     code = "queue_full"
+
+    def __init__(self, sentence: str, retry_after_seconds: int) -> None:
+        self.retry_after_seconds = min(60, retry_after_seconds)
+        super().__init__(sentence)
 
 
 class WorkerLost(TransientError):

@@ -18,7 +18,7 @@ from uuid import UUID
 
 import anyio.to_thread
 
-from core import signing
+from core import failpoints, signing
 from core.errors import NotFound, StorageUnavailable
 from core.options import OutputFormat
 from core.settings import Settings
@@ -126,6 +126,7 @@ class LocalStorage:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            failpoints.reach("during_upload")
             part.replace(path)
         except OSError as error:
             part.unlink(missing_ok=True)

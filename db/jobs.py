@@ -4,46 +4,51 @@ Each change is a single SQL statement, so it is a transaction by itself; what mu
 delivery that reports it, is part of the same statement. `attempt` is the fence: whoever ends an attempt names it.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 from sqlalchemy import (
+    ColumnElement,
+    Integer,
     Interval,
     Select,
+    SmallInteger,
     Text,
+    Update,
     and_,
     any_,
     bindparam,
+    case,
+    delete,
     func,
-    insert,
     literal,
+    null,
+    or_,
     select,
     update,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from core.errors import LeaseLost, UpscaledError
-from core.options import OutputFormat, UpscaleOptions
-from db.models import Delivery, Job, JobStatus, WebhookEvent
+from core.errors import DeadlineExceeded, JobNotCancellable, LeaseLost, NotFound, Stopped, UpscaledError, WorkerLost
+from core.options import OutputFormat
+from db.models import Delivery, Job, JobStatus, Tally, Worker
+from db.records import OVER
 
+Statement: TypeAlias = Select[*tuple[Any, ...]]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NewJob:
-    """What a dialect hands in; exactly one of `image_url` and `image_key` is set."""
+PURGE_AFTER = timedelta(hours=1)
+"""How long the objects lie that a job left which ended without a result: no attempt of it can still be writing then."""
 
-    id: UUID
-    api_key_id: UUID
-    model: str
-    input: dict[str, Any]
-    options: UpscaleOptions
-    image_url: str | None = None
-    image_key: str | None = None
-    webhook_url: str | None = None
-    webhook_events: Sequence[WebhookEvent] = ()
+BURIED_AT_ONCE = 200
+"""How many jobs of dead workers one statement gives to others."""
+
+NO_CHANGES: dict[str, Any] = {}
+
+UNNAMED_LEASE = timedelta(hours=1)
+"""When to give up on a job whose worker, being of the release before, left no id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,10 @@ class Attempt:
     """As stored; whoever runs the attempt validates them, so that what cannot be read ends the job it belongs to."""
     image_url: str | None
     image_key: str | None
+    cost: float
+    strikes: int
+    wants_progress: bool
+    """Whether a webhook is to be told of progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,62 +80,12 @@ class Result:
     seed: int
 
 
-async def submit(connection: AsyncConnection, job: NewJob) -> None:
-    """Record a queued job; the caller hints once this is committed."""
-    values: dict[str, Any] = {
-        "id": job.id,
-        "api_key_id": job.api_key_id,
-        "model": job.model,
-        "input": job.input,
-        "options": job.options.model_dump(mode="json"),
-        "image_url": job.image_url,
-        "image_key": job.image_key,
-        "webhook_url": job.webhook_url,
-        "webhook_events": [event.value for event in job.webhook_events],
-    }
-    await connection.execute(_SUBMIT, values)
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A job whose state was changed, and the state it has now."""
 
-
-_SUBMIT = insert(Job)
-
-
-async def claim(connection: AsyncConnection, worker: str) -> Attempt | None:
-    """Start an attempt at the oldest queued job that nobody else is claiming.
-
-    None can mean that every queued row was locked by others at that moment: ask once more before going idle.
-    """
-    row = (await connection.execute(_CLAIM, {"claimed_by": worker})).one_or_none()
-    if row is None:
-        return None
-    return Attempt(row.id, row.attempt, row.options, row.image_url, row.image_key)
-
-
-_OLDEST = (
-    select(Job.id)
-    .where(Job.status == JobStatus.QUEUED)
-    .order_by(Job.created_at, Job.id)
-    .limit(1)
-    .with_for_update(skip_locked=True)
-    .scalar_subquery()
-)
-
-_CLAIM = (
-    update(Job)
-    .where(Job.id == _OLDEST, Job.status == JobStatus.QUEUED)
-    .values(
-        status=JobStatus.PROCESSING.value,
-        attempt=Job.attempt + 1,
-        worker=bindparam("claimed_by"),
-        started_at=func.now(),
-    )
-    .returning(Job.id, Job.attempt, Job.options, Job.image_url, Job.image_key)
-)
-
-
-async def is_current(connection: AsyncConnection, attempt: Attempt) -> bool:
-    """Tell whether the attempt still owns its job."""
-    statement = select(literal(1)).where(_CURRENT)
-    return (await connection.execute(statement, _fence(attempt))).first() is not None
+    id: UUID
+    status: JobStatus
 
 
 async def complete(
@@ -136,6 +95,7 @@ async def complete(
 
     Raises:
         LeaseLost: the attempt is no longer current; nothing was changed and its object belongs to nobody.
+        Stopped: the caller has asked to cancel the job; nothing was changed, and the attempt is to be handed back.
     """
     values = {"key": result_key, "known": asdict(result), "ttl": ttl}
     await _end(connection, attempt, _COMPLETE, values, JobStatus.COMPLETED)
@@ -150,58 +110,255 @@ async def fail(connection: AsyncConnection, attempt: Attempt, error: UpscaledErr
     await _end(connection, attempt, _FAIL, {"sentence": str(error), "code": error.code}, JobStatus.FAILED)
 
 
-_CURRENT = and_(Job.id == bindparam("job_id"), Job.attempt == bindparam("number"), Job.status == JobStatus.PROCESSING)
+async def hand_back(
+    connection: AsyncConnection,
+    attempt: Attempt,
+    max_strikes: int,
+    *,
+    fault: UpscaledError | None = None,
+    pause: timedelta = timedelta(0),
+    small_tiles: bool = False,
+) -> JobStatus:
+    """Give up the attempt, so that the job is claimed again after `pause`; return the state that it has now.
+
+    A `fault` is a strike, and the last strike fails the job with it; without one, as in a drain, there is no strike.
+    A job whose caller asked to cancel it, or whose deadline has passed, is cancelled instead.
+
+    Raises:
+        LeaseLost: the attempt is no longer current; nothing was changed.
+    """
+    values = _handing_back(fault or WorkerLost(""), max_strikes) | {
+        "strike": int(fault is not None),
+        "pause": pause,
+        "changes": {"small_tiles": True} if small_tiles else NO_CHANGES,
+    }
+    changed = (await connection.execute(_HAND_BACK, _fence(attempt) | values)).one_or_none()
+    if changed is None:
+        raise _lost(attempt)
+    return JobStatus(changed.status)
+
+
+async def bury(connection: AsyncConnection, lease: timedelta, max_strikes: int) -> list[Changed]:
+    """Forget the workers that have been silent for longer than `lease`, and take their jobs back, each with a strike.
+
+    Return those jobs, at most BURIED_AT_ONCE. A worker that only slept finds itself forgotten, and its attempt lost.
+    """
+    await connection.execute(_FORGET, {"lease": lease})
+    error = WorkerLost("The workers that took this job died or stopped answering, one after the other.")
+    values = {"strike": 1, "pause": timedelta(0), "changes": NO_CHANGES, "unnamed_lease": UNNAMED_LEASE, "shard": 0}
+    return _changed(await connection.execute(_BURY, _handing_back(error, max_strikes) | values))
+
+
+async def expire(connection: AsyncConnection) -> list[Changed]:
+    """Cancel the queued jobs whose deadline has passed, and return them."""
+    error = DeadlineExceeded("The deadline passed before the job was done.")
+    return _changed(await connection.execute(_EXPIRE, {"sentence": str(error), "code": error.code, "shard": 0}))
+
+
+async def cancel(connection: AsyncConnection, job_id: UUID, api_key_id: UUID) -> UUID | None:
+    """Cancel a queued job at once, and ask that a running one be stopped; saying it twice changes nothing.
+
+    Return the worker that is to be told, if any.
+
+    Raises:
+        NotFound: there is no such job under that key.
+        JobNotCancellable: the job is over.
+    """
+    values = {"job_id": job_id, "owner": api_key_id, "shard": _shard(job_id)}
+    changed = (await connection.execute(_CANCEL, values)).one_or_none()
+    if changed is not None:
+        return changed.worker_id if changed.status == JobStatus.PROCESSING else None
+    status = (
+        await connection.execute(select(Job.status).where(Job.id == job_id, Job.api_key_id == api_key_id))
+    ).scalar_one_or_none()
+    if status is None:
+        raise NotFound("Job not found")
+    if status != JobStatus.CANCELLED:
+        raise JobNotCancellable(f"The job is over: {status}.")
+    return None
 
 
 def _fence(attempt: Attempt) -> dict[str, Any]:
-    return {"job_id": attempt.job_id, "number": attempt.number}
+    return {"job_id": attempt.job_id, "number": attempt.number, "shard": _shard(attempt.job_id)}
 
 
-def _ending(status: JobStatus, event: WebhookEvent, changes: dict[str, Any]) -> Select[UUID]:
-    """Return the statement that ends a job and, by the same stroke, records the delivery that reports it."""
-    ended = (
-        update(Job)
-        .where(_CURRENT)
-        .values(status=status.value, completed_at=func.now(), **changes)
-        .returning(Job.id, Job.webhook_url, Job.webhook_events)
-        .cte("ended")
-    )
-    wanted = and_(ended.c.webhook_url.is_not(None), literal(event.value) == any_(ended.c.webhook_events))
-    owed = (
-        insert(Delivery)
-        .from_select(
-            ["job_id", "event", "url"], select(ended.c.id, literal(event.value), ended.c.webhook_url).where(wanted)
-        )
-        .cte("owed")
-    )
-    return select(ended.c.id).add_cte(owed)
+def _shard(job_id: UUID) -> int:
+    return job_id.int % 16
 
 
-_COMPLETE = _ending(
-    JobStatus.COMPLETED,
-    WebhookEvent.COMPLETED,
-    {
-        "result_key": bindparam("key", type_=Text),
-        "result": bindparam("known", type_=JSONB),
-        "expires_at": func.now() + bindparam("ttl", type_=Interval),
-    },
-)
+def _lost(attempt: Attempt) -> LeaseLost:
+    return LeaseLost(f"Attempt {attempt.number} no longer owns job {attempt.job_id}.")
 
-_FAIL = _ending(
-    JobStatus.FAILED,
-    WebhookEvent.FAILED,
-    {"error": bindparam("sentence", type_=Text), "error_code": bindparam("code", type_=Text)},
-)
+
+def _handing_back(error: UpscaledError, max_strikes: int) -> dict[str, Any]:
+    late = DeadlineExceeded("The deadline passed before the job was done.")
+    return {
+        "max_strikes": max_strikes,
+        "sentence": str(error),
+        "code": error.code,
+        "late_sentence": str(late),
+        "late_code": late.code,
+    }
+
+
+def _changed(rows: Any) -> list[Changed]:
+    return [Changed(row.id, JobStatus(row.status)) for row in rows]
 
 
 async def _end(
-    connection: AsyncConnection, attempt: Attempt, ending: Select[UUID], values: dict[str, Any], status: JobStatus
+    connection: AsyncConnection, attempt: Attempt, ending: Statement, values: dict[str, Any], status: JobStatus
 ) -> None:
     if (await connection.execute(ending, _fence(attempt) | values)).one_or_none() is not None:
         return
+    found = select(Job.status).where(Job.id == attempt.job_id, Job.attempt == attempt.number)
+    now = (await connection.execute(found)).scalar_one_or_none()
     # An earlier call may have been committed though its answer was lost: then this one is a repetition, and true.
-    repeated = select(literal(1)).where(
-        Job.id == attempt.job_id, Job.attempt == attempt.number, Job.status == status.value
+    if now == status:
+        return
+    if now == JobStatus.PROCESSING:
+        raise Stopped("The caller has asked to cancel this job.")
+    raise _lost(attempt)
+
+
+_CURRENT = and_(Job.id == bindparam("job_id"), Job.attempt == bindparam("number"), Job.status == JobStatus.PROCESSING)
+
+
+def _change(change: Update) -> Statement:
+    """Return the statement that makes a change and, by the same stroke, counts what it ends and owes its events."""
+    changed = change.returning(Job.id, Job.status, Job.worker_id, Job.webhook_url, Job.webhook_events).cte("changed")
+    over, event = changed.c.status.in_([status.value for status in OVER]), func.lower(changed.c.status)
+    wanted = and_(over, changed.c.webhook_url.is_not(None), event == any_(changed.c.webhook_events))
+    receiver = func.substring(changed.c.webhook_url, "^[A-Za-z]+://[^/?#]+")
+    owed = insert(Delivery).from_select(
+        ["job_id", "event", "url", "receiver"],
+        select(changed.c.id, event, changed.c.webhook_url, func.coalesce(receiver, "")).where(wanted),
     )
-    if (await connection.execute(repeated)).first() is None:
-        raise LeaseLost(f"Attempt {attempt.number} no longer owns job {attempt.job_id}.")
+    shard = bindparam("shard", type_=SmallInteger)
+    ended = select(event, shard, func.count()).where(over).group_by(changed.c.status)
+    return select(changed.c.id, changed.c.status, changed.c.worker_id).add_cte(
+        owed.cte("owed"), tally(ended).cte("tallied")
+    )
+
+
+def tally(counted: Statement) -> Any:
+    """Return the statement that adds rows of (name, shard, count) to the tallies."""
+    added = insert(Tally).from_select(["name", "shard", "count"], counted)
+    return added.on_conflict_do_update(
+        index_elements=[Tally.name, Tally.shard], set_={"count": Tally.count + added.excluded.count}
+    )
+
+
+_COMPLETE = _change(
+    update(Job)
+    .where(_CURRENT, Job.cancel_requested_at.is_(None))
+    .values(
+        status=JobStatus.COMPLETED.value,
+        completed_at=func.now(),
+        result_key=bindparam("key", type_=Text),
+        result=bindparam("known", type_=JSONB),
+        expires_at=func.now() + bindparam("ttl", type_=Interval),
+        purge_at=func.now() + bindparam("ttl", type_=Interval),
+    )
+)
+
+_FAIL = _change(
+    update(Job)
+    .where(_CURRENT)
+    .values(
+        status=JobStatus.FAILED.value,
+        completed_at=func.now(),
+        error=bindparam("sentence", type_=Text),
+        error_code=bindparam("code", type_=Text),
+        purge_at=func.now() + PURGE_AFTER,
+    )
+)
+
+
+def _hand_back(whose: ColumnElement[bool]) -> Statement:
+    """Return the statement that takes attempts away: their jobs are cancelled, failed or queued again."""
+    strike = bindparam("strike", type_=SmallInteger)
+    late = and_(Job.cancel_requested_at.is_(None), Job.deadline_at <= func.now())
+    unwanted = or_(Job.cancel_requested_at.is_not(None), Job.deadline_at <= func.now())
+    spent = and_(strike > 0, Job.strikes + strike >= bindparam("max_strikes", type_=Integer))
+    over = or_(unwanted, spent)
+    said = [
+        case(
+            (late, bindparam(f"late_{name}", type_=Text)),
+            (unwanted, null()),
+            (spent, bindparam(name, type_=Text)),
+        )
+        for name in ("sentence", "code")
+    ]
+    return _change(
+        update(Job)
+        .where(whose, Job.status == JobStatus.PROCESSING)
+        .values(
+            status=case(
+                (unwanted, literal(JobStatus.CANCELLED.value)),
+                (spent, literal(JobStatus.FAILED.value)),
+                else_=literal(JobStatus.QUEUED.value),
+            ),
+            strikes=Job.strikes + strike,
+            due_at=func.now() + bindparam("pause", type_=Interval),
+            started_at=case((over, Job.started_at)),
+            completed_at=case((over, func.now())),
+            purge_at=case((over, func.now() + PURGE_AFTER)),
+            options=Job.options.op("||")(bindparam("changes", type_=JSONB)),
+            error=said[0],
+            error_code=said[1],
+        )
+    )
+
+
+_HAND_BACK = _hand_back(_CURRENT)
+
+_FORGET = delete(Worker).where(Worker.beat_at < func.now() - bindparam("lease", type_=Interval))
+
+_BURY = _hand_back(
+    Job.id.in_(
+        select(
+            select(Job.id)
+            .where(
+                Job.status == JobStatus.PROCESSING,
+                ~select(Worker.id).where(Worker.id == Job.worker_id).exists(),
+                or_(
+                    Job.worker_id.is_not(None),
+                    Job.started_at < func.now() - bindparam("unnamed_lease", type_=Interval),
+                ),
+            )
+            .limit(BURIED_AT_ONCE)
+            .with_for_update(skip_locked=True)
+            .cte("orphans")
+            .c.id
+        )
+    )
+)
+
+_EXPIRE = _change(
+    update(Job)
+    .where(Job.status == JobStatus.QUEUED, Job.deadline_at <= func.now())
+    .values(
+        status=JobStatus.CANCELLED.value,
+        completed_at=func.now(),
+        error=bindparam("sentence", type_=Text),
+        error_code=bindparam("code", type_=Text),
+        purge_at=func.now() + PURGE_AFTER,
+    )
+)
+
+_QUEUED = Job.status == JobStatus.QUEUED
+
+_CANCEL = _change(
+    update(Job)
+    .where(
+        Job.id == bindparam("job_id"),
+        Job.api_key_id == bindparam("owner"),
+        Job.status.in_([JobStatus.QUEUED.value, JobStatus.PROCESSING.value]),
+    )
+    .values(
+        status=case((_QUEUED, literal(JobStatus.CANCELLED.value)), else_=Job.status),
+        cancel_requested_at=func.coalesce(Job.cancel_requested_at, func.now()),
+        completed_at=case((_QUEUED, func.now())),
+        purge_at=case((_QUEUED, func.now() + PURGE_AFTER)),
+    )
+)

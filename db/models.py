@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 from sqlalchemy import (
@@ -70,7 +70,7 @@ class Model(DeclarativeBase):
             "ix": "%(table_name)s_%(column_0_name)s_idx",
         }
     )
-    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own declarative attribute
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
         datetime: DateTime(timezone=True),
         UUID: Uuid(),
         str: Text(),
@@ -206,6 +206,7 @@ class Job(Model):
             "image_key",
             postgresql_where=text("status IN ('QUEUED', 'PROCESSING') AND image_key IS NOT NULL"),
         ),
+        Index("jobs_idempotency_created_at_idx", "created_at", postgresql_where=text("idempotency_key IS NOT NULL")),
         Index("jobs_purge_at_idx", "purge_at", postgresql_where=text("purge_at IS NOT NULL")),
         Index(
             "jobs_idempotency_key_key",

@@ -3,8 +3,10 @@
 import logging
 
 from celery import Celery
+from celery.signals import worker_shutting_down
 from celery.worker import state
 
+from core import failpoints
 from core.errors import DatabaseUnavailable
 from core.queue import POOL, TASK, make_celery
 from core.settings import Settings
@@ -15,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> None:
-    """Load the engine and serve hints until SIGTERM; a running job is finished first.
+    """Load the engine and serve hints until SIGTERM; a running job is finished first, or handed back.
 
     Raises:
         DeploymentError: the engine that the settings name cannot run here.
@@ -25,6 +27,11 @@ def run(settings: Settings) -> None:
     with open_worker(settings, engine) as worker:
         celery = make_celery(settings)
         register(celery, worker)
+
+        def drain(**_: object) -> None:
+            worker.drain()
+
+        worker_shutting_down.connect(drain)  # pyright: ignore[reportUnknownMemberType]
         # One thread: the loop that talks to Redis stays alive beside the job, and CUDA stays in one process.
         celery.worker_main(
             [
@@ -42,6 +49,7 @@ def register(celery: Celery, worker: Worker) -> None:
     """
 
     def work() -> None:
+        failpoints.reach("after_pop")
         try:
             while worker.run_next() and not should_stop():
                 pass

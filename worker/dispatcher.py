@@ -12,6 +12,9 @@ from core.queue import Hints
 from core.settings import Settings
 from core.storage import open_storage
 from db.session import Database
+from worker.posts import Poster
+from worker.progress_events import ProgressSender
+from worker.receivers import Receivers
 from worker.sweeps import Sweeper
 from worker.webhooks import WebhookSender
 
@@ -27,8 +30,10 @@ async def _run(settings: Settings) -> None:
     database, redis, hints = Database(settings), progress.connect(settings), Hints(settings)
     try:
         async with Outbound(settings.outbound_allow) as outbound, anyio.create_task_group() as tasks:
-            tasks.start_soon(WebhookSender(settings, database, open_storage(settings), outbound).run)
-            tasks.start_soon(Sweeper(settings, database, redis, hints).run)
+            poster, receivers = Poster(settings, database, outbound), Receivers()
+            tasks.start_soon(WebhookSender(settings, database, open_storage(settings), poster, receivers).run)
+            tasks.start_soon(ProgressSender(database, redis, poster, receivers).run)
+            tasks.start_soon(Sweeper(settings, database, redis, hints, open_storage(settings)).run)
             logger.info("dispatcher started")
             with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async for _ in signals:

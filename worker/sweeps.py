@@ -1,7 +1,8 @@
-"""The sweep: finds what messages have lost. It compares the truth with the hints and sends what is missing."""
+"""The sweep: finds what processes and messages have lost, and what is over. It compares the truth with the world."""
 
 import logging
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 
@@ -11,13 +12,24 @@ from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from core.errors import DatabaseUnavailable
+from core import notices
+from core.errors import DatabaseUnavailable, StorageUnavailable
 from core.queue import ENOUGH_HINTS, MAX_HINTS, Hints, count_hints
 from core.settings import Settings
-from db import jobs
+from core.storage import Storage
+from db import estimates, jobs, queue, retention, uploads
+from db.jobs import Changed
+from db.models import JobStatus
 from db.session import Database
 
 ADVISORY_LOCK = 0x7377656570  # "sweep": whoever holds it sweeps
+
+PURGED_AT_ONCE = 100
+"""Of how many jobs, and how many uploads, one sweep deletes the objects."""
+
+SETTLE_BEATS = 2
+"""For how many beats the sweep watches before it declares anyone dead: after an outage of the database, in which nobody
+could beat, all would be."""
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +37,13 @@ logger = logging.getLogger(__name__)
 class Sweeper:
     """Sweeps every few seconds, in one dispatcher at a time."""
 
-    def __init__(self, settings: Settings, database: Database, redis: Redis, hints: Hints) -> None:
+    def __init__(self, settings: Settings, database: Database, redis: Redis, hints: Hints, storage: Storage) -> None:
         self._settings = settings
         self._database = database
         self._redis = redis
         self._hints = hints
+        self._storage = storage
+        self._lease = timedelta(seconds=settings.lease_seconds)
 
     async def run(self) -> None:
         """Sweep until cancelled; a server that is away is waited for."""
@@ -44,20 +58,42 @@ class Sweeper:
             await anyio.sleep(self._settings.sweep_seconds)
 
     async def _sweep_for_ever(self, connection: AsyncConnection) -> None:
+        settled_at = time.monotonic() + SETTLE_BEATS * self._settings.beat_seconds
         while True:
-            try:
-                await self.sweep(connection)
-            except RedisError as error:
-                logger.warning("sweep put off, Redis is away: %s", error)
+            if time.monotonic() >= settled_at:
+                await self.bury(connection)
+            await self.sweep(connection)
             await anyio.sleep(self._settings.sweep_seconds)
 
-    async def sweep(self, connection: AsyncConnection) -> int:
-        """Send a hint for each queued job that lacks one; return how many were sent.
+    async def sweep(self, connection: AsyncConnection) -> None:
+        """Do everything once, but for declaring workers dead."""
+        await self._announce(await jobs.expire(connection))
+        await estimates.measure(connection, self._lease)
+        try:
+            await self.resend_hints(connection)
+        except RedisError as error:
+            logger.warning("hints put off, Redis is away: %s", error)
+        await queue.free_idempotency_keys(connection)
+        try:
+            await self.purge(connection)
+        except StorageUnavailable as error:
+            logger.warning("expired objects stay for now: %s", error)
+
+    async def bury(self, connection: AsyncConnection) -> None:
+        """Give the jobs of dead workers to others."""
+        changed = await jobs.bury(connection, self._lease, self._settings.max_strikes)
+        for job in changed:
+            logger.warning("job %s: its worker is dead, now %s", job.id, job.status)
+        self._hints.send(sum(job.status is JobStatus.QUEUED for job in changed))
+        await self._announce(changed)
+
+    async def resend_hints(self, connection: AsyncConnection) -> int:
+        """Send a hint for each claimable job that lacks one; return how many were sent.
 
         A job that is younger than a sweep's pause is left out: its hint may be under way.
         """
         pause = timedelta(seconds=self._settings.sweep_seconds)
-        queued = await jobs.count_queued(connection, pause, MAX_HINTS)
+        queued = await queue.count_claimable(connection, pause, MAX_HINTS)
         hints = await count_hints(self._redis) if queued else 0
         missing = queued - hints
         if missing <= 0 or hints >= ENOUGH_HINTS:
@@ -65,6 +101,23 @@ class Sweeper:
         logger.info("%d jobs queued without a hint: sending", missing)
         self._hints.send(missing)
         return missing
+
+    async def purge(self, connection: AsyncConnection) -> None:
+        """Delete the objects whose time is over, then mark their rows; what fails is met again by the next sweep."""
+        leavings = await retention.find_leavings(connection, PURGED_AT_ONCE)
+        for left in leavings:
+            for key in left.keys:
+                await self._storage.delete(key)
+        if leavings:
+            await retention.mark_purged(connection, [left.job_id for left in leavings])
+        if keys := await uploads.find_expired(connection, PURGED_AT_ONCE):
+            for key in keys:
+                await self._storage.delete(key)
+            await uploads.mark_purged(connection, keys)
+
+    async def _announce(self, changed: Sequence[Changed]) -> None:
+        if changed:
+            await notices.announce(self._redis, *(notices.job_channel(job.id) for job in changed))
 
 
 @asynccontextmanager

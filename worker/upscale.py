@@ -3,30 +3,45 @@
 import hashlib
 import logging
 import os
+import random
 import socket
 import sys
-import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
+from uuid import UUID
 
 import anyio
+from anyio.abc import TaskGroup
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from core import progress
-from core.errors import DatabaseUnavailable, InputFetchFailed, LeaseLost, NotFound, OutOfMemory, Stopped, UpscaledError
+from core import failpoints, notices, progress
+from core.errors import (
+    DatabaseUnavailable,
+    InputFetchFailed,
+    LeaseLost,
+    NotFound,
+    OutOfMemory,
+    Stopped,
+    TransientError,
+    UpscaledError,
+)
 from core.options import UpscaleOptions
 from core.outbound import Outbound
+from core.queue import Hints
 from core.settings import Settings
 from core.storage import Storage, open_storage, result_key
-from db import jobs
+from db import jobs, queue
 from db.jobs import Attempt, Result
+from db.models import JobStatus
 from db.session import Database
+from worker.lease import Held, Lease
 from worker.upscaler import images
 from worker.upscaler.engine import Engine
 from worker.upscaler.plan import check_output
@@ -34,14 +49,18 @@ from worker.upscaler.plan import check_output
 EMPTY_CLAIM_PAUSE_SECONDS = 0.005
 """A claim comes back empty when every queued row is locked by others: it is asked once more after this pause."""
 
-WATCH_SECONDS = 5.0
-"""How often a running attempt asks whether the job is still its own."""
-
 FINISH_PATIENCE_SECONDS = 60.0
 """How long a finished attempt waits for a database that is away: the work is done, and worth keeping."""
 
 FINISH_RETRY_SECONDS = 1.0
 PROGRESS_INTERVAL_SECONDS = 0.2
+PROGRESS_EVENT_INTERVAL_SECONDS = 1.0
+"""How often the webhook of a job is told of its progress at most."""
+
+RETRY_SECONDS = 2.0
+"""How long a job waits after a first passing fault; five times longer after each further one, give or take a fifth."""
+
+Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +73,10 @@ class _Parts:
     storage: Storage
     outbound: Outbound
     redis: Redis
+    hints: Hints
+    lease: Lease
+    tasks: TaskGroup
+    """For what nobody waits for."""
 
 
 @contextmanager
@@ -61,23 +84,20 @@ def open_worker(settings: Settings, engine: Engine) -> Generator["Worker"]:
     """Start an event loop in a thread, connect there, and lend a Worker that reaches it through one portal."""
     with (
         start_blocking_portal(backend_options={"use_uvloop": sys.platform != "win32"}) as portal,
-        portal.wrap_async_context_manager(_open_parts(settings)) as parts,
+        portal.wrap_async_context_manager(_open_parts(settings, engine.name)) as parts,
     ):
-        worker = Worker(settings, engine, portal, parts)
-        watch = portal.start_task_soon(worker.watch)
-        try:
-            yield worker
-        finally:
-            watch.cancel()
+        yield Worker(settings, engine, portal, parts)
 
 
 @asynccontextmanager
-async def _open_parts(settings: Settings) -> AsyncGenerator[_Parts]:
-    database, redis = Database(settings), progress.connect(settings)
+async def _open_parts(settings: Settings, engine: str) -> AsyncGenerator[_Parts]:
+    database, redis, hints = Database(settings), progress.connect(settings), Hints(settings)
+    lease = Lease(settings, database, redis, f"{socket.gethostname()}:{os.getpid()}", engine)
     try:
-        async with Outbound(settings.outbound_allow) as outbound:
-            yield _Parts(database, open_storage(settings), outbound, redis)
+        async with Outbound(settings.outbound_allow) as outbound, lease.open(), anyio.create_task_group() as tasks:
+            yield _Parts(database, open_storage(settings), outbound, redis, hints, lease, tasks)
     finally:
+        hints.close()
         await redis.aclose()
         await database.close()
 
@@ -90,8 +110,11 @@ class Worker:
         self._engine = engine
         self._portal = portal
         self._parts = parts
-        self._name = f"{socket.gethostname()}:{os.getpid()}"
-        self._running: tuple[Attempt, threading.Event] | None = None
+        self._lease = parts.lease
+
+    def drain(self) -> None:
+        """Begin to end: a job that runs is finished if it can be within the settings' time, and handed back if not."""
+        self._lease.drain()
 
     def run_next(self) -> bool:
         """Claim the next job and carry it to its end; return whether there was one.
@@ -102,46 +125,55 @@ class Worker:
         attempt = self._portal.call(self._claim)
         if attempt is None:
             return False
+        failpoints.reach("after_claim")
         try:
-            self._run(attempt)
+            with self._lease.hold(attempt) as held:
+                self._run(held)
         except DatabaseUnavailable as error:
             logger.warning("job %s attempt %d: left behind, %s", attempt.job_id, attempt.number, error)
+            self._lease.forsake()
         return True
 
-    def _run(self, attempt: Attempt) -> None:
-        began = time.monotonic()
+    def _run(self, held: Held) -> None:
+        attempt, began = held.attempt, time.monotonic()
         try:
-            result = self._upscale(attempt)
-        except (LeaseLost, Stopped) as error:
+            result = self._upscale(held)
+        except LeaseLost as error:
             logger.info("job %s attempt %d: dropped, %s", attempt.job_id, attempt.number, error)
             return
-        except UpscaledError as error:
-            failure = error
+        except (Stopped, DatabaseUnavailable) as error:
+            self._hand_back(attempt, None, str(error))
+            return
         except MemoryError as error:
             failure = OutOfMemory("The worker ran out of memory.").with_traceback(error.__traceback__)
+        except UpscaledError as error:
+            failure = error
         except Exception:
             # The boundary of a job: a bug met by one job must end that job, and not the worker or the jobs behind it.
             logger.exception("job %s attempt %d: bug", attempt.job_id, attempt.number)
             failure = UpscaledError("Something went wrong on our side.")
         else:
+            seconds = time.monotonic() - began
+            self._lease.learn(attempt.cost, seconds)
             logger.info(
                 "job %s attempt %d: completed, %dx%d by %s in %.2f s",
-                *(attempt.job_id, attempt.number, result.width, result.height, result.engine),
-                time.monotonic() - began,
+                *(attempt.job_id, attempt.number, result.width, result.height, result.engine, seconds),
             )
             return
-        logger.info("job %s attempt %d: failed, %s: %s", attempt.job_id, attempt.number, failure.code, failure)
-        self._portal.call(self._fail, attempt, failure)
+        if isinstance(failure, TransientError) and not (isinstance(failure, OutOfMemory) and _is_reduced(attempt)):
+            self._hand_back(attempt, failure, f"{failure.code}: {failure}")
+        else:
+            self._fail(attempt, failure)
 
-    def _upscale(self, attempt: Attempt) -> Result:
+    def _upscale(self, held: Held) -> Result:
+        attempt, limit = held.attempt, self._settings.max_output_pixels
         options = UpscaleOptions.model_validate(attempt.options)
-        picture = images.decode(self._portal.call(self._read, attempt), self._settings.max_output_pixels)
-        check_output(picture.width, picture.height, options, self._settings.max_output_pixels)
-        lost = threading.Event()
-        self._running = (attempt, lost)
-        upscaled = self._engine.upscale(picture, options, self._reporter(attempt), lost.is_set)
-        self._running = None
-        data = images.encode(upscaled, options.output_format, options.output_quality)
+        source = self._portal.call(self._read, attempt)
+        with held.watched():
+            picture = images.decode(source, limit)
+            check_output(picture.width, picture.height, options, limit)
+            upscaled = self._engine.upscale(picture, options, self._reporter(held), held.should_stop)
+            data = images.encode(upscaled, options.output_format, options.output_quality)
         result = Result(
             engine=self._engine.name,
             format=options.output_format,
@@ -157,10 +189,23 @@ class Worker:
     async def _claim(self) -> Attempt | None:
         for pause in (0.0, EMPTY_CLAIM_PAUSE_SECONDS):
             await anyio.sleep(pause)
-            async with self._parts.database.connection() as connection:
-                if (attempt := await jobs.claim(connection, self._name)) is not None:
-                    return attempt
+            if (attempt := await self._claim_once()) is not None:
+                self._announce_soon(attempt.job_id)
+                return attempt
         return None
+
+    async def _claim_once(self) -> Attempt | None:
+        while True:
+            await self._lease.register()
+            try:
+                async with self._parts.database.connection() as connection:
+                    return await queue.claim(connection, self._lease.id, self._lease.name)
+            except LeaseLost as error:
+                logger.warning("%s Registering again.", error)
+                self._lease.forsake()
+            except DatabaseUnavailable:
+                self._lease.forsake()  # a job may be ours by now, and we shall never know
+                raise
 
     async def _read(self, attempt: Attempt) -> bytes:
         if attempt.image_url is not None:
@@ -178,60 +223,91 @@ class Worker:
         """Write the object under the attempt's own key, then complete the job with it, or take it away again."""
         key = result_key(attempt.job_id, attempt.number, result.format)
         await self._parts.storage.write(key, data)
+        failpoints.reach("after_upload")
         ttl = timedelta(seconds=self._settings.result_ttl_seconds)
         try:
-            await self._finish(lambda connection: jobs.complete(connection, attempt, result, key, ttl))
-        except LeaseLost:
+            await self._finish(attempt, lambda connection: jobs.complete(connection, attempt, result, key, ttl))
+        except (LeaseLost, Stopped):
             await self._parts.storage.delete(key)
             raise
+        failpoints.reach("after_commit")
 
-    async def _fail(self, attempt: Attempt, error: UpscaledError) -> None:
+    def _fail(self, attempt: Attempt, error: UpscaledError) -> None:
+        logger.info("job %s attempt %d: failed, %s: %s", attempt.job_id, attempt.number, error.code, error)
+
+        async def change(connection: AsyncConnection) -> None:
+            await jobs.fail(connection, attempt, error)
+
         try:
-            await self._finish(lambda connection: jobs.fail(connection, attempt, error))
+            self._portal.call(self._finish, attempt, change)
         except LeaseLost as lost:
             logger.info("job %s attempt %d: dropped, %s", attempt.job_id, attempt.number, lost)
 
-    async def _finish(self, change: Callable[[AsyncConnection], Awaitable[None]]) -> None:
+    def _hand_back(self, attempt: Attempt, fault: UpscaledError | None, why: str) -> None:
+        """Let the job be claimed again: at once after a drain, after a pause when something has to pass."""
+        reduce = isinstance(fault, OutOfMemory)
+        wait = 0.0 if fault is None or reduce else RETRY_SECONDS * 5**attempt.strikes * random.uniform(0.8, 1.2)  # noqa: S311
+
+        async def change(connection: AsyncConnection) -> JobStatus:
+            strikes = self._settings.max_strikes
+            pause = timedelta(seconds=wait)
+            return await jobs.hand_back(connection, attempt, strikes, fault=fault, pause=pause, small_tiles=reduce)
+
+        try:
+            status = self._portal.call(self._finish, attempt, change)
+        except LeaseLost as lost:
+            logger.info("job %s attempt %d: dropped, %s", attempt.job_id, attempt.number, lost)
+            return
+        logger.info("job %s attempt %d: handed back, now %s, %s", attempt.job_id, attempt.number, status, why)
+        if status is JobStatus.QUEUED and not wait:
+            self._parts.hints.send()  # this worker may be about to end: another one is to begin at once
+
+    async def _finish(self, attempt: Attempt, change: Callable[[AsyncConnection], Awaitable[Value]]) -> Value:
+        """Change the attempt's state, waiting for a database that is away, and tell who waits for that."""
         give_up_at = time.monotonic() + FINISH_PATIENCE_SECONDS
         while True:
             try:
                 async with self._parts.database.connection() as connection:
-                    return await change(connection)
+                    changed = await change(connection)
             except DatabaseUnavailable:
                 if time.monotonic() > give_up_at:
                     raise
                 await anyio.sleep(FINISH_RETRY_SECONDS)
+            else:
+                self._announce_soon(attempt.job_id)
+                return changed
 
-    async def watch(self) -> None:
-        """Tell the engine to stop once the job it works on is no longer ours; runs beside all jobs, until cancelled."""
-        while True:
-            await anyio.sleep(WATCH_SECONDS)
-            if self._running is None:
-                continue
-            attempt, lost = self._running
-            try:
-                async with self._parts.database.connection() as connection:
-                    if not await jobs.is_current(connection, attempt):
-                        lost.set()
-            except DatabaseUnavailable as error:
-                logger.warning("job %s: cannot tell whether it is still ours: %s", attempt.job_id, error)
+    def _announce_soon(self, job_id: UUID) -> None:
+        self._parts.tasks.start_soon(notices.announce, self._parts.redis, notices.job_channel(job_id))
 
-    def _reporter(self, attempt: Attempt) -> Callable[[float], None]:
+    def _reporter(self, held: Held) -> Callable[[float], None]:
         """Return the engine's on_progress: it never waits, and drops what comes too fast to be seen."""
-        shown_at = time.monotonic()
+        shown_at = event_at = time.monotonic()
 
         def report(fraction: float) -> None:
-            nonlocal shown_at
+            nonlocal shown_at, event_at
+            held.move()
+            failpoints.reach("mid_step")
             now = time.monotonic()
-            if now - shown_at >= PROGRESS_INTERVAL_SECONDS:
-                shown_at = now
-                # 100 is what a completed job shows: encoding and storing are still to come.
-                self._portal.start_task_soon(self._report, attempt, min(99, int(100 * fraction)))
+            if now - shown_at < PROGRESS_INTERVAL_SECONDS:
+                return
+            shown_at = now
+            owe_event = held.attempt.wants_progress and now - event_at >= PROGRESS_EVENT_INTERVAL_SECONDS
+            event_at = now if owe_event else event_at
+            # 100 is what a completed job shows: encoding and storing are still to come.
+            percent = min(99, max(1, int(100 * fraction)))
+            self._portal.start_task_soon(self._report, held.attempt, percent, owe_event)
 
         return report
 
-    async def _report(self, attempt: Attempt, percent: int) -> None:
+    async def _report(self, attempt: Attempt, percent: int, owe_event: bool) -> None:
         try:
             await progress.report(self._parts.redis, attempt.job_id, attempt.number, percent)
+            if owe_event:
+                await progress.owe_event(self._parts.redis, attempt.job_id, attempt.number, percent)
         except RedisError as error:
             logger.debug("progress of job %s not shown: %s", attempt.job_id, error)
+
+
+def _is_reduced(attempt: Attempt) -> bool:
+    return bool(attempt.options.get("small_tiles"))

@@ -94,6 +94,13 @@ def upgrade() -> None:
     )
     op.drop_index(op.f("jobs_queued_idx"), table_name="jobs", postgresql_where="((status)::text = 'QUEUED'::text)")
     op.create_index(
+        "jobs_idempotency_created_at_idx",
+        "jobs",
+        ["created_at"],
+        unique=False,
+        postgresql_where=sa.text("idempotency_key IS NOT NULL"),
+    )
+    op.create_index(
         "jobs_idempotency_key_key",
         "jobs",
         ["api_key_id", "idempotency_key"],
