@@ -43,12 +43,9 @@ def _start(settings: Settings | None = None) -> Settings:
 @click.option("--port", default=8000, show_default=True)
 def api(host: str, port: int) -> None:
     """Serve the HTTP API."""
-    import uvicorn
+    import api.server
 
-    from api.app import create_app
-
-    settings = _start()
-    uvicorn.run(create_app(settings), host=host, port=port, access_log=False, log_config=None, date_header=False)
+    api.server.serve(_start(), host, port)
 
 
 @cli.command()
@@ -80,17 +77,51 @@ def keys() -> None:
     """API keys."""
 
 
+_weight = click.option(
+    "--weight",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Its share of the workers while others wait too.",
+)
+_max_concurrent = click.option("--max-concurrent", type=click.IntRange(min=1), help="How many of its jobs may run.")
+_max_queued = click.option("--max-queued", type=click.IntRange(min=1), help="How many of its jobs may wait.")
+
+
 @keys.command()
 @click.argument("name")
+@_weight
+@_max_concurrent
+@_max_queued
 @_folder
-def create(name: str, folder: Path) -> None:
+def create(name: str, weight: float, max_concurrent: int | None, max_queued: int | None, folder: Path) -> None:
     """Make an API key and print it: the only time that it is shown.
 
     Works on the database of UPSCALED_DATABASE_URL, or else on that of a running `upscaled serve`.
     """
     from cli.stack import create_key, read_environment
+    from db.keys import Limits
 
-    click.echo(asyncio.run(create_key(load_settings(**read_environment(folder)), name)))
+    limits = Limits(weight=weight, max_concurrent=max_concurrent, max_queued=max_queued)
+    click.echo(asyncio.run(create_key(load_settings(**read_environment(folder)), name, limits)))
+
+
+@keys.command()
+@click.argument("prefix")
+@_weight
+@_max_concurrent
+@_max_queued
+@_folder
+def limit(prefix: str, weight: float, max_concurrent: int | None, max_queued: int | None, folder: Path) -> None:
+    """Set all limits of the API key whose first ten characters are PREFIX; what is not given, is lifted."""
+    from cli.stack import limit_key, read_environment
+    from db.keys import Limits
+
+    limits = Limits(weight=weight, max_concurrent=max_concurrent, max_queued=max_queued)
+    names = asyncio.run(limit_key(load_settings(**read_environment(folder)), prefix, limits))
+    if not names:
+        raise click.BadParameter("no API key begins like this", param_hint="PREFIX")
+    click.echo(f"Limits of {', '.join(names)} set.")
 
 
 @cli.command()
@@ -106,6 +137,7 @@ def serve(host: str, port: int, folder: Path) -> None:
     from cli.stack import Stack
 
     exit_on_sigterm()
+    configure_logging("WARNING")
     with Stack(folder, host=host, port=port) as stack:
         click.echo(f"upscaled is up on {stack.url}, its API key is {stack.key}, its data is in {folder.resolve()}")
         click.echo("Ctrl-C stops it.")

@@ -1,6 +1,7 @@
 """The whole service on one machine: PostgreSQL, Redis, and our own processes, started and stopped in order."""
 
 import asyncio
+import logging
 import os
 import secrets
 import shlex
@@ -10,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,14 +23,23 @@ from cli.processes import die_with_parent, stop
 from core.errors import DeploymentError
 from core.settings import PREFIX, Settings, load_settings
 from db import keys
+from db.keys import NO_LIMITS, Limits
 from db.session import Database
 
 READY_SECONDS = 60.0
 STOP_SECONDS = 30.0
 """How long our processes get to finish what they do; a worker finishes its job."""
 
+SHORTEST_LIFE_SECONDS = 5.0
+"""A process that ends sooner after its start would do so again."""
+
+DEPLOYMENT_STATUS = 2
+"""With this status our processes say that they cannot run here."""
+
 STANDARD_ERROR = 2
 """The file descriptor: our own standard output is for what a person asked for."""
+
+logger = logging.getLogger(__name__)
 
 
 class Stack:
@@ -59,6 +69,7 @@ class Stack:
         self._workers = workers
         self._given = environ
         self._stack = ExitStack()
+        self._started: dict[str, tuple[tuple[str, ...], float]] = {}
 
     @property
     def url(self) -> str:
@@ -84,13 +95,26 @@ class Stack:
         self._stack.close()
 
     def wait(self) -> None:
-        """Return on Ctrl-C; raises DeploymentError when one of our processes ends by itself."""
+        """Return on Ctrl-C. Meanwhile a process that dies is started again, as it would be in production.
+
+        Raises:
+            DeploymentError: one of them cannot run at all: it said so, or died again at once.
+        """
         try:
             while True:
-                self.require_running()
+                for name, process in list(self.processes.items()):
+                    if process.poll() is not None:
+                        self._restart(name)
                 time.sleep(0.5)
         except KeyboardInterrupt:
             return
+
+    def _restart(self, name: str) -> None:
+        status, lived = self.processes[name].returncode, time.monotonic() - self._started[name][1]
+        if status == DEPLOYMENT_STATUS or lived < SHORTEST_LIFE_SECONDS:
+            self.require_running()
+        logger.warning("%s ended by itself with status %d: starting it again", name, status)
+        self.start(name, *self._started[name][0])
 
     def _require_free_port(self) -> None:
         # Another service there would answer /readyz in our API's place.
@@ -126,13 +150,14 @@ class Stack:
         return file.read_text()
 
     def _start_processes(self) -> None:
-        self._start("api", "--host", self._host, "--port", str(self._port))
-        self._start("dispatcher")
+        self.start("api", "api", "--host", self._host, "--port", str(self._port))
+        self.start("dispatcher", "dispatcher")
         for number in range(1, self._workers + 1):
-            self._start("worker", name=f"worker-{number}")
+            self.start(f"worker-{number}", "worker")
 
-    def _start(self, command: str, *arguments: str, name: str | None = None) -> None:
-        name = name or command
+    def start(self, name: str, command: str, *arguments: str) -> None:
+        """Start one more `upscaled COMMAND …`, or one again; it is stopped with the others."""
+        self._started[name] = (command, *arguments), time.monotonic()
         output = None if self.logs is None else (self.logs / f"{name}.log").open("ab")
         try:
             self.processes[name] = subprocess.Popen(
@@ -174,12 +199,22 @@ class Stack:
         stop(list(self.processes.values()), STOP_SECONDS)
 
 
-async def create_key(settings: Settings, name: str) -> str:
+async def create_key(settings: Settings, name: str, limits: Limits = NO_LIMITS) -> str:
     """Make an API key in the settings' database and return it."""
     database = Database(settings)
     try:
         async with database.connection() as connection:
-            return await keys.create(connection, name)
+            return await keys.create(connection, name, limits)
+    finally:
+        await database.close()
+
+
+async def limit_key(settings: Settings, prefix: str, limits: Limits) -> Sequence[str]:
+    """Set what the API keys that begin with `prefix` may ask for; return their names."""
+    database = Database(settings)
+    try:
+        async with database.connection() as connection:
+            return await keys.set_limits(connection, prefix, limits)
     finally:
         await database.close()
 

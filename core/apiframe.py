@@ -37,20 +37,31 @@ def event_body(
     error: str | None,
     error_code: str | None,
 ) -> dict[str, Any]:
-    """Return a webhook's body: Apiframe's flat fields, and the `type` and `timestamp` of Standard Webhooks.
+    """Return the body of a webhook that reports a job's end.
 
     `created_at` is when the event happened; it is the same in every attempt.
     """
-    body: dict[str, Any] = {
+    body = _common(event, job_id, status, model, created_at) | {
+        "creditCost": None,
+        "completedAt": timestamp(completed_at) if completed_at else None,
+    }
+    if event == "completed":
+        return body | {"progress": 100, "result": result}
+    return body if error is None else body | {"error": error, "errorCode": error_code}
+
+
+def progress_body(*, job_id: UUID, status: str, model: str, percent: int, at: datetime) -> dict[str, Any]:
+    """Return the body of a webhook that tells how far a running job has come."""
+    return _common("progress", job_id, status, model, at) | {"progress": percent}
+
+
+def _common(event: str, job_id: UUID, status: str, model: str, at: datetime) -> dict[str, Any]:
+    """Return Apiframe's flat fields, and the `type` and `timestamp` of Standard Webhooks."""
+    return {
         "type": f"job.{event}",
-        "timestamp": timestamp(created_at),
+        "timestamp": timestamp(at),
         "event": event,
         "jobId": str(job_id),
         "status": status,
         "model": model,
-        "creditCost": None,
-        "completedAt": timestamp(completed_at) if completed_at else None,
     }
-    if error is None:
-        return body | {"progress": 100, "result": result}
-    return body | {"error": error, "errorCode": error_code}

@@ -80,6 +80,12 @@ class TooManyQueued(RequestError):
     retry_after_seconds = 10
 
 
+class DeadlineExceeded(RequestError):
+    """The time that the caller gave the job was too short, as things went."""
+
+    code = "deadline_exceeded"
+
+
 class UrlNotAllowed(RequestError):
     """The URL's scheme, port or address is one the service does not reach."""
 
@@ -128,12 +134,6 @@ class WorkerLost(TransientError):
     """The workers that took the job died, one after the other."""
 
     code = "worker_lost"
-
-
-class DeadlineExceeded(UpscaledError):
-    """The time that the caller gave the job is over."""
-
-    code = "deadline_exceeded"
 
 
 class OutOfMemory(TransientError):

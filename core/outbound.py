@@ -5,6 +5,8 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
 
@@ -51,6 +53,8 @@ class Answer:
 
     status: int
     excerpt: str
+    retry_after: float | None = None
+    """How many seconds it asked to be left alone; None when it asked nothing, or nothing that can be read."""
 
 
 class Outbound:
@@ -114,7 +118,11 @@ class Outbound:
             check_url(url), data=body, headers=headers, allow_redirects=False, timeout=timeout
         ) as response:
             excerpt = await response.content.read(EXCERPT_BYTES)
-            return Answer(response.status, excerpt.decode(errors="replace").replace("\0", ""))
+            return Answer(
+                response.status,
+                excerpt.decode(errors="replace").replace("\0", ""),
+                read_retry_after(response.headers.get("Retry-After", "")),
+            )
 
     def _open_socket(self, address_info: tuple[int, int, int, str, tuple[Any, ...]]) -> socket.socket:
         family, kind, protocol, _, socket_address = address_info
@@ -143,6 +151,17 @@ def check_url(url: str) -> URL:
     if parsed.user is not None or parsed.password is not None:
         raise UrlNotAllowed("The URL must not carry a user name or password.")
     return parsed
+
+
+def read_retry_after(value: str) -> float | None:
+    """Return the seconds that a Retry-After header means, be it a number or an HTTP date; None for anything else."""
+    if re.fullmatch("[0-9]{1,9}", value):
+        return float(value)
+    try:
+        moment = parsedate_to_datetime(value)
+    except (ValueError, OverflowError):
+        return None
+    return max(0.0, (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
 def _require_plain_success(response: aiohttp.ClientResponse) -> None:

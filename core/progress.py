@@ -1,5 +1,9 @@
 """Progress of running jobs, in Redis: a short-lived stream for each job. Decoration only; the truth never reads it."""
 
+import json
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -10,6 +14,22 @@ from core.notices import job_channel
 from core.settings import Settings
 
 TTL_SECONDS = 600
+
+EVENTS_KEY = "progress-events"
+"""The list of progress that is owed to webhooks; the newest lies on the left."""
+
+MAX_EVENTS = 1000
+"""How many lie there at most: should nobody send them, the oldest are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressEvent:
+    """How far an attempt had come at a time, for a webhook to tell."""
+
+    job_id: UUID
+    attempt: int
+    percent: int
+    at: datetime
 
 
 def connect(settings: Settings) -> Redis:
@@ -47,6 +67,35 @@ async def history(client: Redis, job_id: UUID, after: tuple[int, int]) -> list[t
     except RedisError:
         return []
     return [_read_id(entry[0]) for entry in entries]
+
+
+async def owe_event(client: Redis, job_id: UUID, attempt: int, percent: int) -> None:
+    """Let a dispatcher tell the job's webhook how far it has come; raises redis.RedisError when Redis is down."""
+    event = {"job": str(job_id), "attempt": attempt, "percent": percent, "at": time.time()}
+    async with client.pipeline(transaction=False) as pipeline:
+        pipeline.lpush(EVENTS_KEY, json.dumps(event))
+        pipeline.ltrim(EVENTS_KEY, 0, MAX_EVENTS - 1)
+        await pipeline.execute()
+
+
+async def take_event(client: Redis, seconds: float) -> ProgressEvent | None:
+    """Take the oldest event that is owed, waiting for one; it is then nobody else's.
+
+    Args:
+        seconds: less than the client's socket timeout.
+
+    Raises:
+        redis.RedisError: Redis is down.
+    """
+    popped: Any = await client.brpop([EVENTS_KEY], timeout=seconds)
+    if popped is None:
+        return None
+    try:
+        event = json.loads(popped[1])
+        at = datetime.fromtimestamp(event["at"], UTC)
+        return ProgressEvent(UUID(event["job"]), int(event["attempt"]), int(event["percent"]), at)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return None  # written by another release, or by nobody of ours
 
 
 def _key(job_id: UUID) -> str:

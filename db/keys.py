@@ -3,10 +3,12 @@
 import hashlib
 import secrets
 import string
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from db.models import ApiKey
@@ -25,21 +27,58 @@ class KeyRecord:
     name: str
     prefix: str
     active: bool
+    has_digest: bool
+    """Whether what Apiframe would sign its webhooks with is stored."""
 
 
-async def create(connection: AsyncConnection, name: str) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a key may ask for; None leaves a maximum to the settings, or to the number of workers."""
+
+    weight: float = 1.0
+    """Its share of the workers while others wait too."""
+    max_concurrent: int | None = None
+    """How many of its jobs may run at a time."""
+    max_queued: int | None = None
+    """How many of its jobs may wait."""
+
+
+NO_LIMITS = Limits()
+
+
+async def create(connection: AsyncConnection, name: str, limits: Limits = NO_LIMITS) -> str:
     """Make a key, store its hash, and return the key itself: the only time anyone sees it."""
     key = PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(_RANDOM_CHARACTERS))
-    values = {"id": uuid4(), "name": name, "prefix": key[:_SHOWN_CHARACTERS], "hash": hash_key(key)}
+    values: dict[str, Any] = {"id": uuid4(), "name": name, "prefix": key[:_SHOWN_CHARACTERS], "hash": hash_key(key)}
+    values |= asdict(limits)
     await connection.execute(insert(ApiKey), values)
     return key
 
 
+async def set_limits(connection: AsyncConnection, prefix: str, limits: Limits) -> Sequence[str]:
+    """Change what the keys that begin with `prefix` may ask for, and return their names."""
+    changed = update(ApiKey).where(ApiKey.prefix == prefix).values(asdict(limits)).returning(ApiKey.name)
+    return (await connection.execute(changed)).scalars().all()
+
+
 async def find(connection: AsyncConnection, key: str) -> KeyRecord | None:
     """Return the record of a key, revoked or not; None when nobody was ever given it."""
-    statement = select(ApiKey.id, ApiKey.name, ApiKey.prefix, ApiKey.revoked_at).where(ApiKey.hash == hash_key(key))
-    row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else KeyRecord(row.id, row.name, row.prefix, row.revoked_at is None)
+    has_digest = ApiKey.apiframe_digest.is_not(None)
+    statement = select(ApiKey.id, ApiKey.name, ApiKey.prefix, ApiKey.revoked_at.is_(None), has_digest)
+    row = (await connection.execute(statement.where(ApiKey.hash == hash_key(key)))).one_or_none()
+    return None if row is None else KeyRecord(*row)
+
+
+async def store_digest(connection: AsyncConnection, api_key_id: UUID, key: str) -> None:
+    """Keep the SHA-256 of the bare key, with which Apiframe signs webhooks."""
+    statement = update(ApiKey).where(ApiKey.id == api_key_id, ApiKey.apiframe_digest.is_(None))
+    await connection.execute(statement.values(apiframe_digest=hashlib.sha256(key.encode()).digest()))
+
+
+async def read_digest(connection: AsyncConnection, api_key_id: UUID) -> bytes | None:
+    """Return the SHA-256 of the bare key, or None where it was never stored."""
+    statement = select(ApiKey.apiframe_digest).where(ApiKey.id == api_key_id)
+    return (await connection.execute(statement)).scalar_one_or_none()
 
 
 def hash_key(key: str) -> bytes:

@@ -46,6 +46,10 @@ def test_a_queued_job_shows_all_fields_and_when_to_ask_again(client: TestClient)
         "expiresAt": None,
         "expired": False,
         "input": {"image": "https://example.com/a.png", "scale_factor": 4, "seed": 7},
+        "queuePosition": 1,
+        "estimatedStartAt": None,
+        "cancelRequestedAt": None,
+        "deadlineAt": None,
     }
 
 
@@ -81,7 +85,7 @@ def test_a_running_job_shows_how_far_it_is(client: TestClient, settings: Setting
     sql("UPDATE jobs SET status = 'PROCESSING', attempt = 1, started_at = now()")
     assert client.get(f"/v2/jobs/{job_id}").json()["progress"] == 0
     with connect_redis(settings.redis_url) as broker:
-        broker.set(f"progress:{job_id}", 45)
+        broker.xadd(f"progress:{job_id}", {"": ""}, id="1-45")
     assert client.get(f"/v2/jobs/{job_id}").json()["progress"] == 45
 
 

@@ -40,6 +40,7 @@ def test_absent_parameters_get_the_defaults_of_the_model_page(client: TestClient
         "sharpen": 0,
         "output_format": "png",
         "output_quality": 95,
+        "small_tiles": False,
     }
 
 
@@ -70,6 +71,7 @@ def test_every_parameter_reaches_the_options_under_our_own_name(client: TestClie
         "sharpen": 10,
         "output_format": "webp",
         "output_quality": 1,
+        "small_tiles": False,
     }
 
 
@@ -94,7 +96,7 @@ def test_webhooks_may_be_spelled_either_way(client: TestClient, sql: Sql, url: s
 def test_a_webhook_without_events_is_told_how_the_job_ends(client: TestClient, sql: Sql) -> None:
     body = body_of("https://example.com/a.png") | {"webhookUrl": "https://example.com/hook"}
     assert client.post("/v2/images/upscale", json=body).status_code == 202
-    assert sql("SELECT webhook_events FROM jobs")[0]["webhook_events"] == ["completed", "failed"]
+    assert sql("SELECT webhook_events FROM jobs")[0]["webhook_events"] == ["completed", "failed", "cancelled"]
 
 
 PARAMS = "clarityUpscaleParams"
@@ -165,7 +167,7 @@ def test_a_wrong_parameter_is_refused_by_its_name(
         ({"webhookUrl": "https://example.com/\ud800"}, "webhookUrl", "Input should be a valid string"),
         ({"webhookUrl": "https://example.com/\0"}, "webhookUrl", "must not contain the character NUL"),
         ({"webhookEvents": []}, "webhookEvents", "at least 1 item"),
-        ({"webhookEvents": ["started"]}, "webhookEvents.0", "Input should be 'progress', 'completed' or 'failed'"),
+        ({"webhookEvents": ["started"]}, "webhookEvents.0", "Input should be 'progress', 'completed', 'failed' or 'cancelled'"),
         ({"webhookUrl": "https://a.com", "webhook_url": "https://b.com"}, "body", "are the same field"),
         ({PARAMS: "image"}, PARAMS, "must be a JSON object"),
     ],

@@ -23,7 +23,7 @@ Positions: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
 
 TILE_PIXELS = 256
-"""Side of an output tile; its planes fit a processor's cache."""
+"""Side of an output tile; its planes fit a processor's cache. Small tiles have half of it."""
 
 _BAND_PIXELS = 16
 """Outputs per matrix: wide enough to be quick, so narrow that BLAS keeps to the calling thread."""
@@ -53,7 +53,7 @@ class Lanczos:
         on_progress: Callable[[float], None],
         should_stop: Callable[[], bool],
     ) -> Picture:
-        """Enlarge as `Engine.upscale` says; of the options only `scale_factor` and `sharpen` count.
+        """Enlarge as `Engine.upscale` says; of the options `scale_factor`, `sharpen` and `small_tiles` count.
 
         Takes memory for input, output and one tile. A picture that keeps its size unsharpened is returned as it is.
 
@@ -65,11 +65,12 @@ class Lanczos:
         if canvas == (picture.width, picture.height) and not options.sharpen:
             on_progress(1.0)
             return picture
+        tile = TILE_PIXELS // 2 if options.small_tiles else TILE_PIXELS
         sigma = _BLUR_PER_SCALE * options.scale_factor if options.sharpen else 0
         try:
             output = _blank(canvas, with_alpha=picture.alpha is not None)
-            rows = [_strip(span, picture.height, canvas.height, sigma) for span in spans(canvas.height, TILE_PIXELS)]
-            columns = [_strip(span, picture.width, canvas.width, sigma) for span in spans(canvas.width, TILE_PIXELS)]
+            rows = [_strip(span, picture.height, canvas.height, sigma) for span in spans(canvas.height, tile)]
+            columns = [_strip(span, picture.width, canvas.width, sigma) for span in spans(canvas.width, tile)]
             for done, (row, column) in enumerate(product(rows, columns), start=1):
                 if should_stop():
                     raise Stopped("The upscaling was told to stop.")
