@@ -10,9 +10,10 @@ import os
 import re
 import secrets
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 from urllib.parse import parse_qs, urlencode
 from uuid import UUID
 
@@ -121,15 +122,15 @@ class LocalStorage:
         # because the row that names it is about to be committed.
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with _open_new(part) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             failpoints.reach("during_upload")
             part.replace(path)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
             raise StorageUnavailable("The storage could not be written to.") from error
 
     @staticmethod
@@ -147,6 +148,21 @@ class LocalStorage:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise StorageUnavailable("The storage could not be written to.") from error
+        if path.parent.parent.name == "results":
+            with suppress(OSError):
+                for part in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed while it wrote
+                    part.unlink(missing_ok=True)
+                path.parent.rmdir()  # the folder of a job goes with the last object in it
+
+
+def _open_new(path: Path) -> BinaryIO:
+    """Create a file, and its folder unless that is there; whoever removes an empty folder may come in between."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("xb")
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("xb")
 
 
 def open_storage(settings: Settings) -> LocalStorage:
