@@ -7,11 +7,12 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from api import errors, files, health
-from api.apiframe import account, images, jobs, uploads
+from api import errors, files, health, metrics
+from api.apiframe import account, deliveries, events, images, jobs, uploads, webhooks
 from api.dependencies import KeyRing, Parts
 from api.intake import Intake
 from api.middleware import BodyLimit, RequestId
+from api.waiting import open_watch
 from core import progress
 from core.queue import Hints
 from core.settings import Settings
@@ -29,9 +30,11 @@ def create_app(settings: Settings) -> FastAPI:
         database, storage, hints = Database(settings), open_storage(settings), Hints(settings)
         redis = progress.connect(settings)
         intake = Intake(settings, database, storage, hints)
-        app.state.parts = Parts(settings, database, storage, redis, intake, KeyRing(database))
+        key_ring = KeyRing(database, store_digests=settings.webhook_apiframe_signature != "off")
         try:
-            yield
+            async with open_watch(redis) as watch:
+                app.state.parts = Parts(settings, database, storage, redis, intake, key_ring, watch)
+                yield
         finally:
             hints.close()
             await redis.aclose()
@@ -42,9 +45,11 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("upscaled"),
         summary="Upscale images on your own machines.",
         lifespan=lifespan,
-        openapi_tags=[{"name": name} for name in ("images", "jobs", "uploads", "account", "files", "health")],
+        openapi_tags=[
+            {"name": name} for name in ("images", "jobs", "webhooks", "uploads", "account", "files", "health")
+        ],
     )
-    for module in (images, jobs, uploads, account, files, health):
+    for module in (images, jobs, events, deliveries, webhooks, uploads, account, files, health, metrics):
         app.include_router(module.router)
     errors.install(app)
     # base64 needs four characters for three bytes; the rest of a request is small.

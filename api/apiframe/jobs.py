@@ -3,42 +3,93 @@
 import base64
 import binascii
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 
-from api.apiframe import schemas
-from api.apiframe.images import POLL_SECONDS
-from api.dependencies import CallerDep, Parts, PartsDep
+from api.apiframe import schemas, views
+from api.dependencies import CallerDep, PartsDep
 from api.errors import documented
-from core import progress
-from core.apiframe import result_body
-from core.errors import Forbidden, NotFound, ValidationError
-from db import records
+from api.headers import MAX_WAIT_SECONDS, names_tag
+from api.waiting import hold
+from core.errors import Forbidden, ValidationError
+from core.notices import announce, job_channel, worker_channel
+from db import jobs, records
 from db.models import JobStatus
 from db.records import JobRecord
 
 router = APIRouter(tags=["jobs"])
 
+_WAIT = "Hold the answer for so many seconds until the job is over or, with If-None-Match, until it changes."
+
+
+_TAG = {"description": "Changes with the job; for If-None-Match.", "schema": {"type": "string"}}
+_RETRY_AFTER = {
+    "description": "Seconds to wait before asking again; absent once it is over.",
+    "schema": {"type": "integer"},
+}
+
 
 @router.get(
     "/v2/jobs/{job_id}",
     response_model=schemas.JobObject,
-    responses=documented(400, 401, 403, 404),
+    responses={
+        200: {"headers": {"ETag": _TAG, "Retry-After": _RETRY_AFTER}},
+        304: {
+            "description": "If-None-Match names it as it is.",
+            "headers": {"ETag": _TAG, "Retry-After": _RETRY_AFTER},
+        },
+        **documented(400, 401, 403, 404),
+    },
     summary="Read a job",
 )
 @router.get("/jobs/{job_id}", response_model=schemas.JobObject, include_in_schema=False)
-async def read(job_id: UUID, caller: CallerDep, parts: PartsDep, response: Response) -> schemas.JobObject:
+async def read(
+    job_id: UUID,
+    caller: CallerDep,
+    parts: PartsDep,
+    request: Request,
+    wait: Annotated[int, Query(ge=0, le=MAX_WAIT_SECONDS, description=_WAIT)] = 0,
+    if_none_match: Annotated[list[str] | None, Header(description="ETags that the caller has.")] = None,
+) -> Response:
     """Return one job. Until it is over, Retry-After says when to ask again."""
+
+    async def look() -> tuple[tuple[JobRecord, schemas.JobObject | None], bool]:
+        record = await views.find(parts, caller.id, job_id)
+        if not if_none_match:
+            return (record, None), record.over
+        job = await views.show(parts, record)
+        return (record, job), not names_tag(if_none_match, views.tag(job))
+
+    record, job = await hold(parts.watch, request, job_id, wait, look)
+    job = job or await views.show(parts, record)
+    tag = views.tag(job)
+    headers = {"ETag": tag, **views.polling_headers(record)}
+    if if_none_match and names_tag(if_none_match, tag):
+        return Response(status_code=304, headers=headers)
+    return Response(job.model_dump_json(), headers=headers, media_type="application/json")
+
+
+@router.post(
+    "/v2/jobs/{job_id}/cancel",
+    response_model=schemas.JobObject,
+    responses={
+        200: {"description": "The job is CANCELLED."},
+        202: {"model": schemas.JobObject, "description": "The job runs, and will stop at its next step."},
+        **documented(400, 401, 403, 404, 409),
+    },
+    summary="Cancel a job",
+)
+async def cancel(job_id: UUID, caller: CallerDep, parts: PartsDep, response: Response) -> schemas.JobObject:
+    """Cancel a job that is not over. To ask again does no harm."""
     async with parts.database.connection() as connection:
-        record = await records.read(connection, job_id, caller.id)
-    if record is None:
-        raise NotFound("Job not found")
-    if record.status in (JobStatus.QUEUED, JobStatus.PROCESSING):
-        response.headers["Retry-After"] = str(POLL_SECONDS)
-    response.headers["Cache-Control"] = "no-store"
-    return schemas.JobObject(input=record.input, **await _shown(parts, record))
+        worker_id = await jobs.cancel(connection, job_id, caller.id)
+    channels = [job_channel(job_id), *([worker_channel(worker_id)] if worker_id else [])]
+    await announce(parts.redis, *channels)
+    record = await views.find(parts, caller.id, job_id)
+    response.status_code = 200 if record.over else 202
+    return await views.show(parts, record)
 
 
 @router.get(
@@ -60,49 +111,17 @@ async def browse(
         raise Forbidden("Only an admin can list the jobs of the team.")
     before = None if cursor is None else _read_cursor(cursor)
     async with parts.database.connection() as connection:
-        records = await records.browse(
+        found = await records.browse(
             connection, caller.id, limit=limit + 1, status=status, model=model, search=search, before=before
         )
         models = {"models": await records.models_used(connection, caller.id)} if include_models else {}
-    has_more, records = len(records) > limit, records[:limit]
+    has_more, found = len(found) > limit, found[:limit]
     return schemas.JobList(
-        jobs=[schemas.ListedJob(**await _shown(parts, record)) for record in records],
-        nextCursor=_write_cursor(records[-1]) if has_more else None,
+        jobs=[await views.show_listed(parts, record) for record in found],
+        nextCursor=_write_cursor(found[-1]) if has_more else None,
         hasMore=has_more,
         **models,
     )
-
-
-async def _shown(parts: Parts, record: JobRecord) -> dict[str, Any]:
-    """Return the fields that every view of a job has."""
-    return {
-        "id": record.id,
-        "status": record.status,
-        "model": record.model,
-        "progress": await _progress(parts, record),
-        "result": _result(parts, record),
-        "error": record.error,
-        "errorCode": record.error_code,
-        "creditCost": None,
-        "webhookStatus": record.webhook_status,
-        "createdAt": record.created_at,
-        "startedAt": record.started_at,
-        "completedAt": record.completed_at,
-        "expiresAt": record.expires_at,
-        "expired": record.expired,
-    }
-
-
-async def _progress(parts: Parts, record: JobRecord) -> int:
-    if record.status is JobStatus.PROCESSING:
-        return await progress.read(parts.redis, record.id, record.attempt)
-    return 100 if record.status is JobStatus.COMPLETED else 0
-
-
-def _result(parts: Parts, record: JobRecord) -> dict[str, Any] | None:
-    if record.result is None or record.result_key is None or record.expires_at is None:
-        return None
-    return result_body(record.result, parts.storage.url(record.result_key, record.expires_at))
 
 
 def _write_cursor(record: JobRecord) -> str:

@@ -109,7 +109,7 @@ class ClarityUpscaleParams(Request):
         )
 
 
-EventName = Literal["progress", "completed", "failed"]
+EventName = Literal["progress", "completed", "failed", "cancelled"]
 EventNames = Annotated[list[EventName], Field(min_length=1)]
 
 
@@ -119,9 +119,12 @@ class UpscaleRequest(Request):
     model: Literal["clarity-upscale"]
     clarityUpscaleParams: ClarityUpscaleParams
     prompt: Prompt = Field("", description="The same as in the parameters, where the model page also puts it.")
+    priority: int = Field(
+        0, ge=-10, le=10, description="Among your own waiting jobs, higher goes first. An addition of ours."
+    )
     webhookUrl: Url | None = Field(None, description="Where to POST events of this job.")
     webhook_url: Url | None = Field(None, description="The model page's spelling of webhookUrl.")
-    webhookEvents: EventNames | None = Field(None, description="Which events; completed and failed when absent.")
+    webhookEvents: EventNames | None = Field(None, description="Which events; all but progress when absent.")
     webhook_events: EventNames | None = Field(None, description="Another spelling of webhookEvents.")
 
     @model_validator(mode="after")
@@ -140,7 +143,7 @@ class UpscaleRequest(Request):
         return self.webhookUrl or self.webhook_url
 
     def wanted_events(self) -> Sequence[WebhookEvent]:
-        named = self.webhookEvents or self.webhook_events or ("completed", "failed")
+        named = self.webhookEvents or self.webhook_events or ("completed", "failed", "cancelled")
         return [WebhookEvent(name) for name in named]
 
 
@@ -172,6 +175,10 @@ class JobObject(ListedJob):
     """A job as GET /v2/jobs/{id} shows it."""
 
     input: dict[str, Any]
+    queuePosition: int | None = Field(description="While QUEUED: 1 is next. Null beyond 10000.")
+    estimatedStartAt: Timestamp | None = Field(description="While QUEUED and enough is known to estimate it.")
+    cancelRequestedAt: Timestamp | None = Field(description="When a running job was asked to stop.")
+    deadlineAt: Timestamp | None = Field(description="When the job is cancelled by itself: see Cancel-After.")
 
 
 class JobList(BaseModel):

@@ -1,6 +1,5 @@
 """Webhooks: what a receiver gets, and what happens when it does not answer as it should."""
 
-import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -10,43 +9,14 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from core.outbound import Outbound
+from core.outbound import Answer, Outbound
 from core.settings import Settings
-from core.storage import open_storage
-from db.session import Database
 from tests.requests import body_of, png, upload
 from tests.web import Reply, Web
-from worker.webhooks import WebhookSender
+from tests.webhooks import deliver, owe, submit_with_webhook
 
 Sql = Callable[..., list[Any]]
 Work = Callable[[], int]
-
-
-def _submit(client: TestClient, image: str, url: str, *events: str) -> str:
-    body = body_of(image) | {"webhookUrl": url} | ({"webhookEvents": events} if events else {})
-    response = client.post("/v2/images/upscale", json=body)
-    assert response.status_code == 202
-    return response.json()["jobId"]
-
-
-def _deliver(settings: Settings, until: Callable[[], bool], seconds: float = 10) -> None:
-    """Run a sender until `until` holds."""
-
-    async def run() -> None:
-        database = Database(settings)
-        async with Outbound(settings.outbound_allow) as outbound:
-            sender = WebhookSender(settings, database, open_storage(settings), outbound)
-            sending = asyncio.create_task(sender.run())
-            give_up_at = time.monotonic() + seconds
-            while not await asyncio.to_thread(until):
-                assert not sending.done()
-                assert time.monotonic() < give_up_at, "the delivery did not get there in time"
-                await asyncio.sleep(0.05)
-            sending.cancel()
-            await asyncio.wait([sending])
-        await database.close()
-
-    asyncio.run(run())
 
 
 @pytest.fixture
@@ -58,10 +28,10 @@ def status(sql: Sql) -> Callable[[], str]:
 def test_a_receiver_is_told_of_a_completed_job(
     client: TestClient, work: Work, web: Web, settings: Settings, status: Callable[[], str]
 ) -> None:
-    job_id = _submit(client, upload(client, png(4, 3)), web.serve("/hook"))
+    job_id = submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/hook"))
     work()
     assert client.get(f"/v2/jobs/{job_id}").json()["webhookStatus"] == "pending"
-    _deliver(settings, lambda: status() == "delivered")
+    deliver(settings, lambda: status() == "delivered")
     job = client.get(f"/v2/jobs/{job_id}").json()
     assert job["webhookStatus"] == "delivered"
     (seen,) = web.seen
@@ -87,16 +57,16 @@ def test_a_receiver_is_told_of_a_completed_job(
 def test_a_receiver_is_told_of_a_failed_job(
     client: TestClient, work: Work, web: Web, settings: Settings, status: Callable[[], str]
 ) -> None:
-    job_id = _submit(client, web.url + "/nothing.png", web.serve("/hook"))
+    job_id = submit_with_webhook(client, web.url + "/nothing.png", web.serve("/hook"))
     work()
-    _deliver(settings, lambda: status() == "delivered")
+    deliver(settings, lambda: status() == "delivered")
     body = json.loads(web.seen[-1].body)
     assert (body["event"], body["status"], body["jobId"]) == ("failed", "FAILED", job_id)
     assert (body["error"], body["errorCode"]) == ("The image URL answered 404.", "input_fetch_failed")
 
 
 def test_a_receiver_is_not_told_what_it_did_not_ask_for(client: TestClient, work: Work, web: Web, sql: Sql) -> None:
-    _submit(client, upload(client, png(4, 3)), web.serve("/hook"), "failed")
+    submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/hook"), "failed")
     work()
     assert sql("SELECT * FROM deliveries") == []
 
@@ -104,7 +74,7 @@ def test_a_receiver_is_not_told_what_it_did_not_ask_for(client: TestClient, work
 def test_a_failed_attempt_is_repeated_under_the_same_id_and_logged(
     client: TestClient, work: Work, web: Web, settings: Settings, status: Callable[[], str], sql: Sql
 ) -> None:
-    _submit(client, upload(client, png(4, 3)), web.serve("/hook", b"try later", status=500))
+    submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/hook", b"try later", status=500))
     work()
     eager = settings.model_copy(update={"webhook_retry_seconds": (0.1, 0.1, 0.1)})
 
@@ -113,7 +83,7 @@ def test_a_failed_attempt_is_repeated_under_the_same_id_and_logged(
             web.serve("/hook", b"thanks")
         return status() == "delivered"
 
-    _deliver(eager, mend_after_two)
+    deliver(eager, mend_after_two)
     attempts = sql("SELECT number, status_code, excerpt FROM delivery_attempts ORDER BY number")
     assert [attempt["number"] for attempt in attempts] == list(range(1, len(attempts) + 1))
     assert (attempts[0]["status_code"], attempts[0]["excerpt"]) == (500, "try later")
@@ -125,9 +95,9 @@ def test_a_failed_attempt_is_repeated_under_the_same_id_and_logged(
 def test_a_delivery_whose_attempts_are_spent_has_failed(
     client: TestClient, work: Work, web: Web, settings: Settings, status: Callable[[], str], sql: Sql
 ) -> None:
-    job_id = _submit(client, upload(client, png(4, 3)), web.serve("/hook", status=503))
+    job_id = submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/hook", status=503))
     work()
-    _deliver(settings.model_copy(update={"webhook_retry_seconds": (0.1,)}), lambda: status() == "failed")
+    deliver(settings.model_copy(update={"webhook_retry_seconds": (0.1,)}), lambda: status() == "failed")
     assert len(web.seen) == 2
     assert client.get(f"/v2/jobs/{job_id}").json()["webhookStatus"] == "failed"
     assert client.get(f"/v2/jobs/{job_id}").json()["status"] == "COMPLETED"
@@ -137,9 +107,9 @@ def test_a_redirect_is_a_failure_and_not_followed(
     client: TestClient, work: Work, web: Web, settings: Settings, sql: Sql
 ) -> None:
     web.serve("/elsewhere")
-    _submit(client, upload(client, png(4, 3)), web.serve("/hook", status=302, Location="/elsewhere"))
+    submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/hook", status=302, Location="/elsewhere"))
     work()
-    _deliver(settings, lambda: sql("SELECT * FROM delivery_attempts") != [])
+    deliver(settings, lambda: sql("SELECT * FROM delivery_attempts") != [])
     assert [seen.path for seen in web.seen] == ["/hook"]
     assert sql("SELECT status FROM deliveries")[0]["status"] == "pending"
 
@@ -155,9 +125,9 @@ def test_a_redirect_is_a_failure_and_not_followed(
 def test_a_receiver_that_cannot_be_reached_is_logged_with_the_reason(
     client: TestClient, work: Work, settings: Settings, sql: Sql, url: str, reason: str
 ) -> None:
-    _submit(client, upload(client, png(4, 3)), url)
+    submit_with_webhook(client, upload(client, png(4, 3)), url)
     work()
-    _deliver(settings, lambda: sql("SELECT * FROM delivery_attempts") != [])
+    deliver(settings, lambda: sql("SELECT * FROM delivery_attempts") != [])
     (attempt,) = sql("SELECT status_code, error FROM delivery_attempts")
     assert attempt["status_code"] is None
     assert reason in attempt["error"]
@@ -167,11 +137,11 @@ def test_a_receiver_that_hangs_holds_up_no_other(
     client: TestClient, work: Work, web: Web, settings: Settings, sql: Sql
 ) -> None:
     web.replies["/slow"] = Reply(before=lambda: time.sleep(1.5))
-    _submit(client, upload(client, png(4, 3)), web.url + "/slow")
-    _submit(client, upload(client, png(4, 3)), web.serve("/quick"))
+    submit_with_webhook(client, upload(client, png(4, 3)), web.url + "/slow")
+    submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/quick"))
     work()
     hasty = settings.model_copy(update={"webhook_timeout_seconds": 0.5})
-    _deliver(hasty, lambda: len(sql("SELECT * FROM delivery_attempts")) == 2)
+    deliver(hasty, lambda: len(sql("SELECT * FROM delivery_attempts")) == 2)
     outcomes = sql("SELECT status_code, error FROM delivery_attempts ORDER BY status_code")
     assert [outcome["status_code"] for outcome in outcomes] == [200, None]
     assert outcomes[1]["error"] == "No answer within 0.5 seconds."
@@ -180,9 +150,89 @@ def test_a_receiver_that_hangs_holds_up_no_other(
 def test_an_attempt_whose_dispatcher_died_is_made_again(
     client: TestClient, work: Work, web: Web, settings: Settings, status: Callable[[], str], sql: Sql
 ) -> None:
-    _submit(client, upload(client, png(4, 3)), web.serve("/hook"))
+    submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/hook"))
     work()
     # Taken by a dispatcher that is no more; its lease has just run out.
     sql("UPDATE deliveries SET attempts = 1, due_at = now()")
-    _deliver(settings, lambda: status() == "delivered")
+    deliver(settings, lambda: status() == "delivered")
     assert sql("SELECT attempts FROM deliveries")[0]["attempts"] == 2
+
+
+def test_a_receiver_is_told_of_a_cancelled_job(
+    client: TestClient, web: Web, settings: Settings, status: Callable[[], str], sql: Sql
+) -> None:
+    job_id = submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/hook"))
+    _end(sql, "CANCELLED", "cancelled", error=None)
+    deliver(settings, lambda: status() == "delivered")
+    body = json.loads(web.seen[0].body)
+    assert datetime.fromisoformat(body.pop("timestamp"))
+    assert body == {
+        "type": "job.cancelled",
+        "event": "cancelled",
+        "jobId": job_id,
+        "status": "CANCELLED",
+        "model": "clarity-upscale",
+        "creditCost": None,
+        "completedAt": client.get(f"/v2/jobs/{job_id}").json()["completedAt"],
+    }
+
+
+def _end(sql: Sql, status: str, event: str, error: str | None) -> None:
+    """End the one job and owe its delivery."""
+    sql("UPDATE jobs SET status = $1, completed_at = now(), error = $2, error_code = $2", status, error)
+    sql("INSERT INTO deliveries (job_id, event, url) SELECT id, $1, webhook_url FROM jobs", event)
+
+
+def test_a_cancelled_job_tells_why_when_there_is_a_reason(
+    client: TestClient, web: Web, settings: Settings, status: Callable[[], str], sql: Sql
+) -> None:
+    submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/hook"))
+    _end(sql, "CANCELLED", "cancelled", error="deadline_exceeded")
+    deliver(settings, lambda: status() == "delivered")
+    body = json.loads(web.seen[0].body)
+    assert (body["error"], body["errorCode"]) == ("deadline_exceeded", "deadline_exceeded")
+
+
+def test_who_names_no_events_is_told_of_every_end_and_of_no_progress(client: TestClient, web: Web, sql: Sql) -> None:
+    image = upload(client, png(4, 3))
+    submit_with_webhook(client, image, web.serve("/hook"))
+    assert sql("SELECT webhook_events FROM jobs")[0]["webhook_events"] == ["completed", "failed", "cancelled"]
+    submit_with_webhook(client, image, web.serve("/hook"), "progress", "cancelled")
+    assert client.post(
+        "/v2/images/upscale", json=body_of(image) | {"webhookUrl": web.url, "webhookEvents": ["started"]}
+    ).is_client_error
+
+
+def test_an_address_that_is_gone_is_given_up_at_once(
+    client: TestClient, work: Work, web: Web, settings: Settings, status: Callable[[], str]
+) -> None:
+    submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/hook", status=410))
+    work()
+    deliver(settings, lambda: status() == "failed")
+    assert len(web.seen) == 1
+
+
+def test_a_receiver_that_asks_for_time_gets_it(
+    client: TestClient, work: Work, web: Web, settings: Settings, sql: Sql
+) -> None:
+    submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/hook", status=429, Retry_After="1000"))
+    work()
+    deliver(settings, lambda: sql("SELECT * FROM delivery_attempts") != [])
+    assert 990 < sql("SELECT due_at - now() AS left FROM deliveries")[0]["left"].total_seconds() <= 1000
+
+
+def test_a_bug_that_one_delivery_meets_ends_no_other(
+    client: TestClient, web: Web, settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owe(sql, web.serve("/odd"))
+    owe(sql, web.serve("/hook"), 3)
+    post = Outbound.post
+
+    async def stumble(self: Outbound, url: str, *arguments: Any) -> Answer:
+        if url.endswith("/odd"):
+            raise ZeroDivisionError
+        return await post(self, url, *arguments)
+
+    monkeypatch.setattr(Outbound, "post", stumble)
+    deliver(settings, lambda: len(sql("SELECT * FROM deliveries WHERE status = 'delivered'")) == 3)
+    assert sql("SELECT status FROM deliveries WHERE url LIKE '%odd'")[0]["status"] == "pending"

@@ -1,0 +1,83 @@
+"""One POST of a webhook: signed, made, and what came of it."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import aiohttp
+
+from core.errors import UrlNotAllowed
+from core.outbound import Outbound
+from core.settings import Settings
+from core.signing import sign_apiframe, sign_webhook
+from db import keys, webhook_secrets
+from db.deliveries import Outcome
+from db.session import Database
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Post:
+    """What is to be posted; `id` stays the same however often that is tried."""
+
+    id: UUID
+    api_key_id: UUID
+    event: str
+    url: str
+    body: Mapping[str, Any]
+
+
+class Poster:
+    """Signs webhooks with their API key's secrets and posts them."""
+
+    def __init__(self, settings: Settings, database: Database, outbound: Outbound) -> None:
+        self._settings = settings
+        self._database = database
+        self._outbound = outbound
+
+    async def post(self, post: Post) -> Outcome:
+        """Post once; raises DatabaseUnavailable when the secrets cannot be read."""
+        body = json.dumps(post.body, separators=(",", ":")).encode()
+        headers = await self._headers(post, body)
+        began = time.monotonic()
+        status_code = excerpt = error = retry_after = None
+        try:
+            answer = await self._outbound.post(post.url, body, headers, self._settings.webhook_timeout_seconds)
+            status_code, excerpt, retry_after = answer.status, answer.excerpt, answer.retry_after
+        except UrlNotAllowed as refusal:
+            error = str(refusal)
+        except TimeoutError:
+            error = f"No answer within {self._settings.webhook_timeout_seconds:g} seconds."
+        except (aiohttp.ClientError, ValueError) as failure:
+            error = f"No answer: {type(failure).__name__}."
+        return Outcome(
+            duration_ms=int(1000 * (time.monotonic() - began)),
+            status_code=status_code,
+            excerpt=excerpt,
+            error=error,
+            retry_after=retry_after,
+        )
+
+    async def _headers(self, post: Post, body: bytes) -> dict[str, str]:
+        form = self._settings.webhook_apiframe_signature
+        async with self._database.connection() as connection:
+            secrets = await webhook_secrets.valid(connection, post.api_key_id)
+            digest = None if form == "off" else await keys.read_digest(connection, post.api_key_id)
+        now = int(time.time())
+        headers = {
+            "Content-Type": "application/json",
+            "webhook-id": str(post.id),
+            "webhook-timestamp": str(now),
+            "webhook-signature": sign_webhook(secrets, str(post.id), now, body),
+        }
+        if digest is not None:
+            headers["X-Webhook-Event"] = post.event
+            headers["X-Webhook-Signature"] = sign_apiframe(digest.hex().encode() if form == "hex" else digest, body)
+        return headers
+
+
+def shows_life(outcome: Outcome) -> bool:
+    """Tell whether the receiver lives: whoever answers 404 or 410 to one URL does, and may serve another well."""
+    return outcome.status_code is not None and outcome.status_code < 500 and outcome.status_code not in (408, 429)
