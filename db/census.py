@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from db.models import Delivery, DeliveryStatus, Job, JobStatus, Tally, Worker
+from db.models import PROCESSING, QUEUED, Delivery, DeliveryStatus, Job, Tally, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,9 @@ async def take(connection: AsyncConnection) -> Census:
     """Count; only partial indexes and small tables are read."""
     queued, processing = (
         select(func.count()).select_from(Job).where(Job.status == status).scalar_subquery()
-        for status in (JobStatus.QUEUED, JobStatus.PROCESSING)
+        for status in (QUEUED, PROCESSING)
     )
-    oldest = select(func.min(Job.created_at)).where(Job.status == JobStatus.QUEUED).scalar_subquery()
+    oldest = select(func.min(Job.created_at)).where(Job.status == QUEUED).scalar_subquery()
     row = (
         await connection.execute(
             select(

@@ -33,7 +33,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from db.models import Delivery, DeliveryAttempt, DeliveryStatus, Job, JobStatus, WebhookEvent
+from db.models import PROCESSING, Delivery, DeliveryAttempt, DeliveryStatus, Job, WebhookEvent
 
 CANDIDATES = 500
 """How far into what is due one look goes. More of one receiver than it has room for is passed over in the next."""
@@ -270,7 +270,7 @@ async def progress_target(connection: AsyncConnection, job_id: UUID, attempt: in
     """Return where to tell the progress of an attempt; None when it runs no more, or nobody asked to be told."""
     statement = select(Job.api_key_id, Job.model, Job.webhook_url, _origin(Job.webhook_url)).where(
         Job.id == job_id,
-        Job.status == JobStatus.PROCESSING,
+        Job.status == PROCESSING,
         Job.attempt == attempt,
         Job.webhook_url.is_not(None),
         literal(WebhookEvent.PROGRESS.value) == any_(Job.webhook_events),

@@ -8,7 +8,7 @@ from sqlalchemy import Interval, and_, bindparam, case, func, literal, select, t
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import aliased
 
-from db.models import ApiKey, Job, JobStatus, QueueState, Worker
+from db.models import PROCESSING, QUEUED, ApiKey, Job, QueueState, Worker
 from db.queue import processing_tag
 
 PLACES_COUNTED = 10_000
@@ -59,7 +59,7 @@ async def measure(connection: AsyncConnection, lease: timedelta) -> None:
 
 _waiting_now = (
     select(func.count().label("jobs"), func.coalesce(func.sum(Job.cost), 0.0).label("cost"))
-    .where(Job.status == JobStatus.QUEUED)
+    .where(Job.status == QUEUED)
     .cte("waiting")
 )
 _live = (
@@ -71,7 +71,7 @@ _live = (
     .where(Worker.beat_at > func.now() - bindparam("lease", type_=Interval))
     .cte("live")
 )
-_busy = select(literal(1)).where(Job.status.in_([JobStatus.QUEUED.value, JobStatus.PROCESSING.value])).exists()
+_busy = select(literal(1)).where(Job.status.in_([QUEUED, PROCESSING])).exists()
 
 _MEASURE = update(QueueState).values(
     measured_at=func.now(),
@@ -104,8 +104,8 @@ async def find_place(connection: AsyncConnection, job_id: UUID) -> Place | None:
     this = aliased(Job, name="this")
     earlier = (
         select(Job.cost)
-        .join(this, and_(this.id == job_id, this.status == JobStatus.QUEUED))
-        .where(Job.status == JobStatus.QUEUED, tuple_(Job.tag, Job.id) < tuple_(this.tag, this.id))
+        .join(this, and_(this.id == job_id, this.status == QUEUED))
+        .where(Job.status == QUEUED, tuple_(Job.tag, Job.id) < tuple_(this.tag, this.id))
         .limit(PLACES_COUNTED + 1)
         .subquery()
     )
@@ -121,5 +121,5 @@ async def cost_before(connection: AsyncConnection, api_key_id: UUID) -> float:
         select(QueueState.virtual_time).scalar_subquery(),
         processing_tag(),
     )
-    earlier = select(func.coalesce(func.sum(Job.cost), 0.0)).where(Job.status == JobStatus.QUEUED, Job.tag < turn)
+    earlier = select(func.coalesce(func.sum(Job.cost), 0.0)).where(Job.status == QUEUED, Job.tag < turn)
     return (await connection.execute(earlier)).scalar_one()

@@ -34,7 +34,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.errors import DeadlineExceeded, JobNotCancellable, LeaseLost, NotFound, Stopped, UpscaledError, WorkerLost
 from core.options import OutputFormat
-from db.models import Delivery, Job, JobStatus, Tally, Worker
+from db.models import PROCESSING, QUEUED, Delivery, Job, JobStatus, Tally, Worker
 from db.records import OVER
 
 Statement: TypeAlias = Select[*tuple[Any, ...]]
@@ -220,7 +220,7 @@ async def _end(
     raise _lost(attempt)
 
 
-_CURRENT = and_(Job.id == bindparam("job_id"), Job.attempt == bindparam("number"), Job.status == JobStatus.PROCESSING)
+_CURRENT = and_(Job.id == bindparam("job_id"), Job.attempt == bindparam("number"), Job.status == PROCESSING)
 
 
 def _change(change: Update) -> Statement:
@@ -291,7 +291,7 @@ def _hand_back(whose: ColumnElement[bool]) -> Statement:
     ]
     return _change(
         update(Job)
-        .where(whose, Job.status == JobStatus.PROCESSING)
+        .where(whose, Job.status == PROCESSING)
         .values(
             status=case(
                 (unwanted, literal(JobStatus.CANCELLED.value)),
@@ -319,7 +319,7 @@ _BURY = _hand_back(
         select(
             select(Job.id)
             .where(
-                Job.status == JobStatus.PROCESSING,
+                Job.status == PROCESSING,
                 ~select(Worker.id).where(Worker.id == Job.worker_id).exists(),
                 or_(
                     Job.worker_id.is_not(None),
@@ -336,7 +336,7 @@ _BURY = _hand_back(
 
 _EXPIRE = _change(
     update(Job)
-    .where(Job.status == JobStatus.QUEUED, Job.deadline_at <= func.now())
+    .where(Job.status == QUEUED, Job.deadline_at <= func.now())
     .values(
         status=JobStatus.CANCELLED.value,
         completed_at=func.now(),
@@ -346,19 +346,19 @@ _EXPIRE = _change(
     )
 )
 
-_QUEUED = Job.status == JobStatus.QUEUED
+_WAITS = Job.status == QUEUED
 
 _CANCEL = _change(
     update(Job)
     .where(
         Job.id == bindparam("job_id"),
         Job.api_key_id == bindparam("owner"),
-        Job.status.in_([JobStatus.QUEUED.value, JobStatus.PROCESSING.value]),
+        Job.status.in_([QUEUED, PROCESSING]),
     )
     .values(
-        status=case((_QUEUED, literal(JobStatus.CANCELLED.value)), else_=Job.status),
+        status=case((_WAITS, literal(JobStatus.CANCELLED.value)), else_=Job.status),
         cancel_requested_at=func.coalesce(Job.cancel_requested_at, func.now()),
-        completed_at=case((_QUEUED, func.now())),
-        purge_at=case((_QUEUED, func.now() + PURGE_AFTER)),
+        completed_at=case((_WAITS, func.now())),
+        purge_at=case((_WAITS, func.now() + PURGE_AFTER)),
     )
 )

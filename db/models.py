@@ -9,6 +9,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
+    ColumnElement,
     DateTime,
     Double,
     ForeignKey,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     Text,
     Uuid,
     func,
+    literal_column,
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
@@ -35,6 +37,11 @@ class JobStatus(StrEnum):
     COMPLETED = "COMPLETED"
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
+
+
+# Spelled out in statements and no parameters: only so can a plan that is kept know which partial index holds.
+QUEUED: ColumnElement[str] = literal_column(f"'{JobStatus.QUEUED}'", String())
+PROCESSING: ColumnElement[str] = literal_column(f"'{JobStatus.PROCESSING}'", String())
 
 
 class DeliveryStatus(StrEnum):

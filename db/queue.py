@@ -37,7 +37,7 @@ from sqlalchemy.orm import aliased
 from core.errors import IdempotencyKeyReused, LeaseLost, TooManyQueued
 from core.options import UpscaleOptions
 from db.jobs import Attempt, tally
-from db.models import ApiKey, Job, JobStatus, QueueState, WebhookEvent, Worker
+from db.models import PROCESSING, QUEUED, ApiKey, Job, JobStatus, QueueState, WebhookEvent, Worker
 
 IDEMPOTENCY_TTL = timedelta(hours=24)
 """How long a repeated submit is recognised."""
@@ -140,7 +140,7 @@ def _values(job: NewJob, max_queued: int) -> dict[str, Any]:
 def processing_tag() -> ColumnElement[float]:
     """Return the latest tag that runs: the virtual time, while anything runs."""
     return func.coalesce(
-        select(func.max(Job.tag)).where(Job.status == JobStatus.PROCESSING).scalar_subquery(), literal(0.0, Double)
+        select(func.max(Job.tag)).where(Job.status == PROCESSING).scalar_subquery(), literal(0.0, Double)
     )
 
 
@@ -152,7 +152,7 @@ _TURN = (
         ApiKey.id == bindparam("owner", type_=Uuid),
         # Not a count: the place that is one too many must not be taken, and looking for it stops there.
         ~select(Job.id)
-        .where(Job.status == JobStatus.QUEUED, Job.api_key_id == bindparam("owner", type_=Uuid))
+        .where(Job.status == QUEUED, Job.api_key_id == bindparam("owner", type_=Uuid))
         .offset(func.coalesce(ApiKey.max_queued, bindparam("default_max_queued", type_=Integer)) - 1)
         .limit(1)
         .correlate(ApiKey)
@@ -242,7 +242,7 @@ async def claim(connection: AsyncConnection, worker_id: UUID, worker: str) -> At
 def _waiting(job: Any) -> ColumnElement[bool]:
     """Queued, and neither due later nor too late."""
     return and_(
-        job.status == JobStatus.QUEUED,
+        job.status == QUEUED,
         or_(job.due_at.is_(None), job.due_at <= func.now()),
         or_(job.deadline_at.is_(None), job.deadline_at > func.now()),
     )
@@ -252,7 +252,7 @@ def _running(api_key_id: Any) -> Any:
     return (
         select(func.count())
         .select_from(Job)
-        .where(Job.status == JobStatus.PROCESSING, Job.api_key_id == api_key_id)
+        .where(Job.status == PROCESSING, Job.api_key_id == api_key_id)
         .correlate(ApiKey)
         .scalar_subquery()
     )
@@ -312,7 +312,7 @@ _FREE_SLOT = (
     .where(
         ApiKey.id == Job.api_key_id,
         ~select(_Held.id)
-        .where(_Held.status == JobStatus.PROCESSING, _Held.api_key_id == ApiKey.id, _Held.slot == _place.c.value)
+        .where(_Held.status == PROCESSING, _Held.api_key_id == ApiKey.id, _Held.slot == _place.c.value)
         .exists(),
     )
     .correlate(Job)
@@ -321,7 +321,7 @@ _FREE_SLOT = (
 
 _CLAIMED = (
     update(Job)
-    .where(Job.id == _the(_PICK.c.id), Job.status == JobStatus.QUEUED, _the(_ALIVE.c.id).is_not(None))
+    .where(Job.id == _the(_PICK.c.id), Job.status == QUEUED, _the(_ALIVE.c.id).is_not(None))
     .values(
         status=JobStatus.PROCESSING.value,
         attempt=Job.attempt + 1,

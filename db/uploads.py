@@ -10,7 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.errors import IdempotencyKeyReused
-from db.models import Job, JobStatus, Upload
+from db.models import PROCESSING, QUEUED, Job, Upload
 
 PURGE_DELAY = timedelta(minutes=5)
 """How long after its expiry an upload is kept: a submit that found it a moment ago may still be on its way."""
@@ -90,11 +90,7 @@ async def find_expired(connection: AsyncConnection, limit: int) -> Sequence[str]
 
     An upload that has expired frees its idempotency key here, too: a repetition of it would be of no use.
     """
-    needed = (
-        select(Job.id)
-        .where(Job.image_key == Upload.key, Job.status.in_([JobStatus.QUEUED.value, JobStatus.PROCESSING.value]))
-        .exists()
-    )
+    needed = select(Job.id).where(Job.image_key == Upload.key, Job.status.in_([QUEUED, PROCESSING])).exists()
     expired = (
         select(Upload.id)
         .where(Upload.purged_at.is_(None), Upload.expires_at < func.now() - PURGE_DELAY, ~needed)

@@ -7,7 +7,7 @@ from sqlalchemy import Double, Uuid, and_, bindparam, delete, func, insert, lite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from db.jobs import Attempt
-from db.models import Job, JobStatus, Worker
+from db.models import PROCESSING, Job, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ _ALIVE = (
 _OWN = and_(
     Job.id == bindparam("job_id", type_=Uuid),
     Job.attempt == bindparam("number"),
-    Job.status == JobStatus.PROCESSING,
+    Job.status == PROCESSING,
 )
 
 _BEAT = select(
