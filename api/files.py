@@ -10,6 +10,7 @@ from starlette.responses import FileResponse, Response
 
 from api.dependencies import PartsDep
 from api.errors import documented
+from api.headers import names_tag
 from core.errors import Forbidden, NotFound
 from core.storage import CONTENT_TYPES, FILES_PATH
 
@@ -44,6 +45,6 @@ async def read(key: str, parts: PartsDep, request: Request, expires: str = "", s
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "default-src 'none'",
     }
-    if etag in (tag.strip() for tag in request.headers.get("if-none-match", "").split(",")):
+    if names_tag(request.headers.getlist("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
     return FileResponse(path, headers=headers, media_type=media_type)

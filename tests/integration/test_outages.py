@@ -59,7 +59,7 @@ def test_a_database_that_is_starting_or_full_is_one_that_is_away(
     def refuse(*_: object, **__: object) -> None:
         raise DBAPIError("SELECT 1", None, Refused())
 
-    monkeypatch.setattr("db.jobs.browse", refuse)
+    monkeypatch.setattr("db.records.browse", refuse)
     response = client.get("/v2/jobs")
     assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
 
