@@ -144,10 +144,18 @@ def processing_tag() -> ColumnElement[float]:
     )
 
 
+def _the(column: ColumnElement[Any]) -> Any:
+    """Return the value in the only row, or NULL."""
+    return select(column).scalar_subquery()
+
+
 _COST = bindparam("new_cost", type_=Double)
 
+# The key's row is locked before it is read: submits that come together get one turn after the other.
 _TURN = (
-    update(ApiKey)
+    select(
+        func.greatest(ApiKey.next_tag, select(QueueState.virtual_time).scalar_subquery(), processing_tag()).label("tag")
+    )
     .where(
         ApiKey.id == bindparam("owner", type_=Uuid),
         # Not a count: the place that is one too many must not be taken, and looking for it stops there.
@@ -158,11 +166,7 @@ _TURN = (
         .correlate(ApiKey)
         .exists(),
     )
-    .values(
-        next_tag=func.greatest(ApiKey.next_tag, select(QueueState.virtual_time).scalar_subquery(), processing_tag())
-        + _COST / ApiKey.weight
-    )
-    .returning((ApiKey.next_tag - _COST / ApiKey.weight).label("tag"))
+    .with_for_update(key_share=True)
     .cte("turn")
 )
 
@@ -198,12 +202,21 @@ _NEW = (
     .cte("new")
 )
 
+# Only a new job moves its key's turn on: a repetition would push back what the key submits next.
+_MOVED = (
+    update(ApiKey)
+    .where(ApiKey.id == bindparam("owner", type_=Uuid), _the(_NEW.c.id).is_not(None))
+    .values(next_tag=_the(_TURN.c.tag) + _COST / ApiKey.weight)
+    .cte("moved")
+)
+
 _SUBMIT = select(
     select(literal(1)).select_from(_TURN).exists().label("admitted"), select(_NEW.c.id).scalar_subquery().label("id")
 ).add_cte(
+    _MOVED,
     tally(select(literal("submitted"), bindparam("shard", type_=SmallInteger), literal(1)).select_from(_NEW)).cte(
         "tallied"
-    )
+    ),
 )
 
 
@@ -256,11 +269,6 @@ def _running(api_key_id: Any) -> Any:
         .correlate(ApiKey)
         .scalar_subquery()
     )
-
-
-def _the(column: ColumnElement[Any]) -> Any:
-    """Return the value in the only row, or NULL."""
-    return select(column).scalar_subquery()
 
 
 # Keys that have as many jobs running as they may.

@@ -26,9 +26,11 @@ async def find_leavings(connection: AsyncConnection, limit: int) -> list[Leaving
     A worker that was killed may have left an object that no row names. Its key follows from the number of its attempt,
     so every attempt's key is listed, written or not.
     """
+    format = Job.options["output_format"].astext
     due = (
-        select(Job.id, Job.attempt, Job.options["output_format"].astext.label("format"))
-        .where(Job.purge_at <= func.now())
+        select(Job.id, Job.attempt, format.label("format"))
+        # A format that this release does not know is left to the next one, which wrote it.
+        .where(Job.purge_at <= func.now(), format.in_(list(OutputFormat)))
         .order_by(Job.purge_at)
         .limit(limit)
     )

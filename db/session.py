@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
+import asyncpg
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
@@ -50,6 +51,12 @@ async def _translated() -> AsyncGenerator[None]:
         yield
     except (OperationalError, InterfaceError, PoolTimeoutError, PendingRollbackError, OSError) as error:
         raise DatabaseUnavailable(MESSAGE) from error
+    except asyncpg.InterfaceError as error:  # it was lost while SQLAlchemy set it up, where nothing is translated
+        raise DatabaseUnavailable(MESSAGE) from error
+    except asyncpg.PostgresError as error:
+        if (error.sqlstate or "").startswith(_PASSING):
+            raise DatabaseUnavailable(MESSAGE) from error
+        raise
     except DBAPIError as error:
         if error.connection_invalidated or str(getattr(error.orig, "sqlstate", "")).startswith(_PASSING):
             raise DatabaseUnavailable(MESSAGE) from error

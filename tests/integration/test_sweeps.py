@@ -1,7 +1,8 @@
-"""The sweep: hints that are missing are sent, and no others."""
+"""The sweep: missing hints are sent, dead workers buried, old objects deleted; and nothing else is."""
 
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -13,8 +14,12 @@ from core import progress
 from core.errors import DatabaseUnavailable
 from core.queue import ENOUGH_HINTS, POOL, Hints
 from core.settings import Settings
+from core.storage import open_storage
+from db import jobs, uploads
 from db.session import Database
+from db.uploads import NewUpload
 from tests.broker import connect_redis
+from tests.queues import RESULT, Queue
 from worker.sweeps import Sweeper, leading
 
 pytestmark = pytest.mark.anyio
@@ -28,17 +33,28 @@ def hints(settings: Settings) -> Generator[Hints]:
 
 
 @pytest.fixture
-async def sweep(settings: Settings, hints: Hints) -> AsyncGenerator[Callable[[], Any]]:
-    """Sweep once; return how many hints were sent."""
-    database, client = Database(settings), progress.connect(settings)
+async def database(settings: Settings) -> AsyncGenerator[Database]:
+    database = Database(settings)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def sweeper(settings: Settings, database: Database, hints: Hints) -> AsyncGenerator[Sweeper]:
+    client = progress.connect(settings)
+    yield Sweeper(settings, database, client, hints, open_storage(settings))
+    await client.aclose()
+
+
+@pytest.fixture
+def sweep(database: Database, sweeper: Sweeper) -> Callable[[], Any]:
+    """Look for missing hints once; return how many were sent."""
 
     async def once() -> int:
         async with database.connection() as connection:
-            return await Sweeper(settings, database, client, hints).sweep(connection)
+            return await sweeper.resend_hints(connection)
 
-    yield once
-    await client.aclose()
-    await database.close()
+    return once
 
 
 async def _queue_jobs(sql_async: Any, count: int, age: str) -> None:
@@ -139,3 +155,170 @@ async def test_only_one_of_two_dispatchers_sweeps(settings: Settings) -> None:
         async with leading(second) as now_leads:
             assert now_leads
     await database.close()
+
+
+async def test_a_job_whose_key_has_no_place_free_needs_no_hint(sweep: Any, sql_async: Any, database: Database) -> None:
+    queue = Queue(database)
+    limited = await queue.add_key(max_concurrent=1)
+    for _ in range(2):
+        await queue.submit(limited)
+    attempt = await queue.take()
+    await sql_async("UPDATE jobs SET created_at = now() - interval '1 minute'")
+    assert await sweep() == 0
+    await queue.do(jobs.complete, attempt, RESULT, "results/a/1.png", timedelta(hours=1))
+    assert await sweep() == 1
+
+
+async def _strand(queue: Queue, sql_async: Any, silence: str) -> None:
+    """Leave a job with a worker that has been silent for so long."""
+    await queue.submit(await queue.add_key())
+    await queue.take()
+    await sql_async("UPDATE workers SET beat_at = now() - $1::text::interval", silence)
+
+
+async def test_the_jobs_of_dead_workers_are_hinted_at_at_once(
+    settings: Settings, database: Database, sweeper: Sweeper, sql_async: Any
+) -> None:
+    await _strand(Queue(database), sql_async, "1 minute")
+    async with database.connection() as connection:
+        await sweeper.bury(connection)
+    (row,) = await sql_async("SELECT status, strikes, (SELECT count(*) FROM workers) FROM jobs")
+    assert tuple(row) == ("QUEUED", 1, 0)
+    _wait_for_hints(settings, 1)
+
+
+async def test_nobody_is_buried_before_the_new_leader_has_watched_for_some_beats(
+    settings: Settings, database: Database, sweeper: Sweeper, sql_async: Any
+) -> None:
+    await _strand(Queue(database), sql_async, "1 minute")
+
+    async def strikes() -> int:
+        (row,) = await sql_async("SELECT strikes FROM jobs")
+        return row["strikes"]
+
+    quick = settings.model_copy(update={"lease_seconds": 3.0})  # two beats are one second
+    patient = Sweeper(quick, database, sweeper._redis, sweeper._hints, sweeper._storage)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+    for _ in range(2):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(patient.run)
+            await anyio.sleep(0.7)
+            assert await strikes() == 0
+            tasks.cancel_scope.cancel()  # and another leader begins anew
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(patient.run)
+        await anyio.sleep(2)
+        assert await strikes() == 1
+        tasks.cancel_scope.cancel()
+
+
+async def test_of_two_dispatchers_one_sweeps_until_it_ends(
+    settings: Settings, database: Database, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[Sweeper] = []
+
+    async def note(self: Sweeper, _: object) -> None:
+        swept.append(self)
+
+    monkeypatch.setattr(Sweeper, "sweep", note)
+    other = Sweeper(settings, database, sweeper._redis, sweeper._hints, sweeper._storage)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+    async with anyio.create_task_group() as tasks:
+        async with anyio.create_task_group() as first:
+            first.start_soon(sweeper.run)
+            await anyio.sleep(0.3)
+            tasks.start_soon(other.run)
+            await anyio.sleep(0.7)
+            assert {*swept} == {sweeper}
+            first.cancel_scope.cancel()
+        await anyio.sleep(1)
+        assert other in swept
+        tasks.cancel_scope.cancel()
+
+
+async def _store(settings: Settings, *keys: str) -> None:
+    for key in keys:
+        await open_storage(settings).write(key, b"x")
+
+
+def _stored(settings: Settings) -> set[str]:
+    return {str(path.relative_to(settings.storage_dir)) for path in settings.storage_dir.rglob("*.png")}
+
+
+async def _purge(database: Database, sweeper: Sweeper) -> None:
+    async with database.connection() as connection:
+        await sweeper.purge(connection)
+
+
+async def test_results_are_deleted_once_they_have_expired_and_so_is_what_killed_attempts_left(
+    settings: Settings, database: Database, sweeper: Sweeper, sql_async: Any
+) -> None:
+    queue = Queue(database)
+    owner = await queue.add_key()
+    ended = {state: await queue.submit(owner) for state in ("expired", "readable")}
+    keys = {state: [f"results/{job_id}/{number}.png" for number in (1, 2)] for state, job_id in ended.items()}
+    for state, job_id in ended.items():
+        await queue.do(jobs.hand_back, await queue.take(), 3)
+        attempt = await queue.take()
+        assert (attempt.job_id, attempt.number) == (job_id, 2)
+        await queue.do(jobs.complete, attempt, RESULT, keys[state][1], timedelta(hours=1))
+        await _store(settings, *keys[state])
+    await sql_async("UPDATE jobs SET purge_at = now() WHERE id = $1", ended["expired"])
+    await _purge(database, sweeper)
+    assert _stored(settings) == {*keys["readable"]}
+    rows = await sql_async("SELECT id, purge_at IS NULL AS purged FROM jobs")
+    assert {row["id"]: row["purged"] for row in rows} == {ended["expired"]: True, ended["readable"]: False}
+
+
+async def test_what_a_job_left_that_is_not_over_stays(
+    settings: Settings, database: Database, sweeper: Sweeper, sql_async: Any
+) -> None:
+    queue = Queue(database)
+    job_id = await queue.submit(await queue.add_key())
+    await queue.take()
+    await _store(settings, f"results/{job_id}/1.png")
+    await sql_async("UPDATE jobs SET created_at = now() - interval '9 days'")
+    await _purge(database, sweeper)
+    assert _stored(settings) == {f"results/{job_id}/1.png"}
+
+
+async def test_an_upload_that_has_expired_is_deleted_unless_a_job_waits_for_it(
+    settings: Settings, database: Database, sweeper: Sweeper, sql_async: Any
+) -> None:
+    queue = Queue(database)
+    owner = await queue.add_key()
+
+    async def add(age: str) -> str:
+        upload_id = uuid4()
+        key = f"uploads/{upload_id}.png"
+        upload = NewUpload(id=upload_id, api_key_id=owner, key=key, size_bytes=1, idempotency_key=key, fingerprint=b"1")
+        await queue.do(uploads.record, upload, timedelta(0))
+        await sql_async("UPDATE uploads SET expires_at = now() - $1::text::interval WHERE id = $2", age, upload_id)
+        await _store(settings, key)
+        return key
+
+    needed, old, recent = await add("1 day"), await add("1 day"), await add("1 minute")
+    await queue.submit(owner, image_url=None, image_key=needed)
+    await queue.submit(owner)
+    await _purge(database, sweeper)
+    assert _stored(settings) == {needed, recent}
+    rows = await sql_async("SELECT key FROM uploads WHERE purged_at IS NOT NULL AND idempotency_key IS NULL")
+    assert [row["key"] for row in rows] == [old]
+    await queue.do(jobs.complete, await queue.take(), RESULT, "k", timedelta(hours=1))
+    await _purge(database, sweeper)
+    assert _stored(settings) == {recent}
+
+
+async def test_an_object_that_cannot_be_deleted_is_tried_again(
+    settings: Settings, database: Database, sweeper: Sweeper, sql_async: Any
+) -> None:
+    queue = Queue(database)
+    job_id = await queue.submit(await queue.add_key())
+    await queue.do(jobs.complete, await queue.take(), RESULT, f"results/{job_id}/1.png", timedelta(hours=1))
+    await sql_async("UPDATE jobs SET purge_at = now()")
+    stubborn = settings.storage_dir / f"results/{job_id}/1.png"
+    stubborn.mkdir(parents=True)  # a folder is not deleted as a file is
+    async with database.connection() as connection:
+        await sweeper.sweep(connection)  # which is not the end of the sweep
+        stubborn.rmdir()
+        await sweeper.sweep(connection)
+    (row,) = await sql_async("SELECT purge_at FROM jobs")
+    assert row["purge_at"] is None
