@@ -6,8 +6,10 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell comma
 IMAGE  ?= cli/sample.jpg
 SCALE  ?= 2
 PORT   ?= 8000
+SECONDS ?= 300
+SEED   ?=
 
-.PHONY: demo serve test check format clean help
+.PHONY: demo serve test chaos check format clean help
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -21,6 +23,9 @@ serve: $(VENV)/.runs ## Run the whole service on http://127.0.0.1:$(PORT) until 
 
 test: $(VENV)/.tests ## Run the test suite
 	$(VENV)/bin/pytest
+
+chaos: $(VENV)/.tests ## Five minutes of random faults, and the proof that nothing was lost; SEED=N repeats one
+	$(VENV)/bin/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/.tests ## Lint, format, types, import rules
 	$(VENV)/bin/ruff check

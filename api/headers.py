@@ -70,7 +70,8 @@ def read_cancel_after(value: str | None) -> timedelta | None:
     if value is None:
         return None
     parts = re.findall("([0-9]{1,6})([smh]?)", value)
-    if not parts or "".join(number + unit for number, unit in parts) != value or (len(parts) > 1 and not all(unit for _, unit in parts)):
+    whole = "".join(number + unit for number, unit in parts) == value
+    if not parts or not whole or (len(parts) > 1 and not all(unit for _, unit in parts)):
         raise ValidationError({"Cancel-After": ["must be a time such as 90s, 5m or 1h30m"]})
     given = sum((timedelta(**{_UNITS[unit]: int(number)}) for number, unit in parts), timedelta())
     if not timedelta(seconds=1) <= given <= MAX_CANCEL_AFTER:

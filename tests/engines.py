@@ -1,12 +1,25 @@
-"""An engine that takes its time, for tests that need a job to be running."""
+"""Engines for tests that need a job to be running, or a worker to die."""
 
+import ctypes
+import os
+import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from core import failpoints
+from core.errors import Stopped
 from core.options import UpscaleOptions
 from worker.upscaler.engine import Picture
 
 SECONDS = 3.0
+STEP_SECONDS = 0.02
+
+MARKS = "TEST_MARKS"
+"""The environment variable that names the folder in which `once` leaves its marks."""
+
+POINT, SIGNAL = "TEST_POINT", "TEST_SIGNAL"
+"""Those that name a fail-point, and the signal that the worker gets from itself the first time it is there."""
 
 
 class Slow:
@@ -23,3 +36,61 @@ class Slow:
     ) -> Picture:
         time.sleep(SECONDS)
         return picture
+
+
+class Obedient:
+    """Does what the prompt says, and then returns its input.
+
+    work SECONDS: in steps. hang: never comes back. clutch: the same, and no other Python thread runs meanwhile. die:
+    takes the worker with it. `once` before it: only the first time that a job of this seed comes by.
+    """
+
+    name = "obedient"
+
+    def __init__(self) -> None:
+        if point := os.environ.get(POINT):
+            failpoints.arm(point, _signal_self)
+
+    def upscale(
+        self,
+        picture: Picture,
+        options: UpscaleOptions,
+        on_progress: Callable[[float], None],
+        should_stop: Callable[[], bool],
+    ) -> Picture:
+        match options.prompt.split():
+            case ["once", *_] if not _is_first(options.seed):
+                pass
+            case [*_, "hang"]:
+                time.sleep(3600)
+            case [*_, "clutch"]:
+                ctypes.PyDLL(None).sleep(3600)
+            case [*_, "die"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case ["work", seconds]:
+                _work(float(seconds), on_progress, should_stop)
+            case _:
+                pass
+        on_progress(1.0)
+        return picture
+
+
+def _work(seconds: float, on_progress: Callable[[float], None], should_stop: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while (passed := time.monotonic() - began) < seconds:
+        if should_stop():
+            raise Stopped("The job was told to stop.")
+        on_progress(passed / seconds)
+        time.sleep(STEP_SECONDS)
+
+
+def _is_first(seed: int) -> bool:
+    mark = Path(os.environ[MARKS], str(seed))
+    first = not mark.exists()
+    mark.touch()
+    return first
+
+
+def _signal_self() -> None:
+    failpoints.disarm()
+    os.kill(os.getpid(), signal.Signals[os.environ[SIGNAL]])

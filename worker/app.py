@@ -1,6 +1,7 @@
 """The Celery application of a worker: one task, which works off the queue. Importing it loads no model."""
 
 import logging
+import time
 from typing import Any
 
 from celery import Celery, bootsteps
@@ -13,6 +14,9 @@ from core.queue import POOL, TASK, make_celery
 from core.settings import Settings
 from worker.upscale import Worker, open_worker
 from worker.upscaler import engines
+
+VAIN_SECONDS = 1.0
+"""How long a worker waits before the next hint when the database is away."""
 
 ATTENTION_SECONDS = 0.02
 """How long a worker that has just become idle may overlook a hint."""
@@ -59,6 +63,7 @@ def register(celery: Celery, worker: Worker) -> None:
                 pass
         except DatabaseUnavailable as error:
             logger.warning("hint spent in vain, the sweep will send another: %s", error)
+            time.sleep(VAIN_SECONDS)  # or the hints that wait would all be spent in no time
 
     celery.task(name=TASK)(work)
     celery.steps["consumer"].add(Attention)

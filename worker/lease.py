@@ -162,6 +162,11 @@ class Lease:
             except DatabaseUnavailable as error:
                 logger.warning("beat missed: %s", error)
                 await anyio.sleep(min(1.0, self._settings.beat_seconds))
+            except Exception:
+                # A bug that ended this task would end the tasks around it, and leave a worker that takes jobs and runs
+                # none. Missed beats are what the lease is for.
+                logger.exception("bug while beating")
+                await anyio.sleep(min(1.0, self._settings.beat_seconds))
 
     async def beat(self) -> None:
         """Say that the worker lives; stop its attempt should it be lost or unwanted."""

@@ -29,7 +29,7 @@ PURGED_AT_ONCE = 100
 
 SETTLE_BEATS = 2
 """For how many beats the sweep watches before it declares anyone dead: after an outage of the database, in which nobody
-could beat, all would be."""
+could beat, all would be. The same goes for a database that stood still."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +44,14 @@ class Sweeper:
         self._hints = hints
         self._storage = storage
         self._lease = timedelta(seconds=settings.lease_seconds)
+        self._silence = max(self._lease, timedelta(seconds=5 * settings.sweep_seconds))
 
     async def run(self) -> None:
         """Sweep until cancelled; a server that is away is waited for."""
         while True:
             try:
                 # The lock belongs to this connection: should either die, another dispatcher takes over.
-                async with self._database.connection() as connection, leading(connection) as leads:
+                async with self._database.connection() as connection, leading(connection, self._silence) as leads:
                     if leads:
                         await self._sweep_for_ever(connection)
             except DatabaseUnavailable as error:
@@ -58,9 +59,15 @@ class Sweeper:
             await anyio.sleep(self._settings.sweep_seconds)
 
     async def _sweep_for_ever(self, connection: AsyncConnection) -> None:
-        settled_at = time.monotonic() + SETTLE_BEATS * self._settings.beat_seconds
+        settle = SETTLE_BEATS * self._settings.beat_seconds
+        settled_at = time.monotonic() + settle
         while True:
-            if time.monotonic() >= settled_at:
+            began = time.monotonic()
+            await connection.execute(text("SELECT 1"))
+            now = time.monotonic()
+            if now - began > self._settings.beat_seconds:  # it stood still, for the beats as well
+                settled_at = now + settle
+            if now >= settled_at:
                 await self.bury(connection)
             await self.sweep(connection)
             await anyio.sleep(self._settings.sweep_seconds)
@@ -121,13 +128,25 @@ class Sweeper:
 
 
 @asynccontextmanager
-async def leading(connection: AsyncConnection) -> AsyncGenerator[bool]:
-    """Tell whether this connection is the one that sweeps; it leads until the block is left, or it dies."""
+async def leading(connection: AsyncConnection, silence: timedelta = timedelta(0)) -> AsyncGenerator[bool]:
+    """Tell whether this connection is the one that sweeps; it leads until the block is left, or it dies.
+
+    When a leader says nothing for as long as `silence`, Postgres ends its connection: a process that sleeps, or a
+    machine that vanished, would otherwise keep everyone else from sweeping. Zero lets it be silent for ever.
+    """
     lock = text("SELECT pg_try_advisory_lock(:lock)")
     leads = bool((await connection.execute(lock, {"lock": ADVISORY_LOCK})).scalar_one())
     try:
+        if leads:
+            await _end_when_silent(connection, silence)
         yield leads
     finally:
         # The connection goes back to the pool, and would keep the lock there; one that died has let go of it.
         if leads and not connection.invalidated:
             await connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": ADVISORY_LOCK})
+            await _end_when_silent(connection, timedelta(0))
+
+
+async def _end_when_silent(connection: AsyncConnection, silence: timedelta) -> None:
+    limit = f"{silence // timedelta(milliseconds=1)}ms"
+    await connection.execute(text("SELECT set_config('idle_session_timeout', :limit, false)"), {"limit": limit})

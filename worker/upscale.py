@@ -60,6 +60,8 @@ PROGRESS_EVENT_INTERVAL_SECONDS = 1.0
 RETRY_SECONDS = 2.0
 """How long a job waits after a first passing fault; five times longer after each further one, give or take a fifth."""
 
+LONGEST_RETRY_SECONDS = 300.0
+
 Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
@@ -246,12 +248,12 @@ class Worker:
     def _hand_back(self, attempt: Attempt, fault: UpscaledError | None, why: str) -> None:
         """Let the job be claimed again: at once after a drain, after a pause when something has to pass."""
         reduce = isinstance(fault, OutOfMemory)
-        wait = 0.0 if fault is None or reduce else RETRY_SECONDS * 5**attempt.strikes * random.uniform(0.8, 1.2)  # noqa: S311
+        pause = min(RETRY_SECONDS * 5**attempt.strikes, LONGEST_RETRY_SECONDS) * random.uniform(0.8, 1.2)  # noqa: S311
+        wait = 0.0 if fault is None or reduce else pause
 
         async def change(connection: AsyncConnection) -> JobStatus:
-            strikes = self._settings.max_strikes
-            pause = timedelta(seconds=wait)
-            return await jobs.hand_back(connection, attempt, strikes, fault=fault, pause=pause, small_tiles=reduce)
+            strikes, due_in = self._settings.max_strikes, timedelta(seconds=wait)
+            return await jobs.hand_back(connection, attempt, strikes, fault=fault, pause=due_in, small_tiles=reduce)
 
         try:
             status = self._portal.call(self._finish, attempt, change)
@@ -278,7 +280,14 @@ class Worker:
                 return changed
 
     def _announce_soon(self, job_id: UUID) -> None:
-        self._parts.tasks.start_soon(notices.announce, self._parts.redis, notices.job_channel(job_id))
+        self._parts.tasks.start_soon(self._announce, job_id)
+
+    async def _announce(self, job_id: UUID) -> None:
+        try:
+            await notices.announce(self._parts.redis, notices.job_channel(job_id))
+        except Exception:
+            # It would end all that runs beside it, for a notice that nothing depends on.
+            logger.exception("job %s: bug while announcing", job_id)
 
     def _reporter(self, held: Held) -> Callable[[float], None]:
         """Return the engine's on_progress: it never waits, and drops what comes too fast to be seen."""

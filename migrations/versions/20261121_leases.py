@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from alembic import op
 
+DOUBLE: sa.Double[float] = sa.Double()
+
 revision: str = "20261121"
 down_revision: str | None = "20261120"
 branch_labels: str | Sequence[str] | None = None
@@ -20,11 +22,11 @@ def upgrade() -> None:
         "queue_state",
         sa.Column("one", sa.Boolean(), server_default=sa.text("true"), nullable=False),
         sa.Column("measured_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("virtual_time", sa.Double(), server_default=sa.text("0"), nullable=False),
+        sa.Column("virtual_time", DOUBLE, server_default=sa.text("0"), nullable=False),
         sa.Column("queued", sa.Integer(), server_default=sa.text("0"), nullable=False),
-        sa.Column("queued_cost", sa.Double(), server_default=sa.text("0"), nullable=False),
+        sa.Column("queued_cost", DOUBLE, server_default=sa.text("0"), nullable=False),
         sa.Column("workers", sa.Integer(), server_default=sa.text("0"), nullable=False),
-        sa.Column("cost_per_second", sa.Double(), nullable=True),
+        sa.Column("cost_per_second", DOUBLE, nullable=True),
         sa.CheckConstraint("one", name=op.f("queue_state_one_check")),
         sa.PrimaryKeyConstraint("one", name=op.f("queue_state_pkey")),
     )
@@ -43,7 +45,7 @@ def upgrade() -> None:
         sa.Column("engine", sa.Text(), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("beat_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("seconds_per_cost", sa.Double(), nullable=True),
+        sa.Column("seconds_per_cost", DOUBLE, nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("workers_pkey")),
         postgresql_with={"fillfactor": "50"},
     )
@@ -65,16 +67,16 @@ def upgrade() -> None:
         unique=True,
         postgresql_where=sa.text("expires_at IS NULL"),
     )
-    op.add_column("api_keys", sa.Column("weight", sa.Double(), server_default=sa.text("1"), nullable=False))
+    op.add_column("api_keys", sa.Column("weight", DOUBLE, server_default=sa.text("1"), nullable=False))
     op.add_column("api_keys", sa.Column("max_concurrent", sa.Integer(), nullable=True))
     op.add_column("api_keys", sa.Column("max_queued", sa.Integer(), nullable=True))
-    op.add_column("api_keys", sa.Column("next_tag", sa.Double(), server_default=sa.text("0"), nullable=False))
+    op.add_column("api_keys", sa.Column("next_tag", DOUBLE, server_default=sa.text("0"), nullable=False))
     op.add_column("api_keys", sa.Column("apiframe_digest", sa.LargeBinary(), nullable=True))
     op.add_column("deliveries", sa.Column("receiver", sa.Text(), server_default=sa.text("''"), nullable=False))
     op.add_column("deliveries", sa.Column("schedule_start", sa.Integer(), server_default=sa.text("0"), nullable=False))
     op.add_column("jobs", sa.Column("priority", sa.SmallInteger(), server_default=sa.text("0"), nullable=False))
-    op.add_column("jobs", sa.Column("cost", sa.Double(), server_default=sa.text("1"), nullable=False))
-    op.add_column("jobs", sa.Column("tag", sa.Double(), server_default=sa.text("0"), nullable=False))
+    op.add_column("jobs", sa.Column("cost", DOUBLE, server_default=sa.text("1"), nullable=False))
+    op.add_column("jobs", sa.Column("tag", DOUBLE, server_default=sa.text("0"), nullable=False))
     op.add_column("jobs", sa.Column("idempotency_key", sa.Text(), nullable=True))
     op.add_column("jobs", sa.Column("fingerprint", sa.LargeBinary(), nullable=True))
     op.add_column("jobs", sa.Column("strikes", sa.SmallInteger(), server_default=sa.text("0"), nullable=False))

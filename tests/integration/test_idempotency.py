@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_key_that_is_none_is_refused_by_the_header_s_name(client: TestClient, 
 
 def test_a_hundred_duplicates_at_once_make_one_job(client: TestClient, sql: Sql) -> None:
     with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(lambda _: _submit(client, "order-7"), range(100)))
+        answers = list(pool.map(partial(_submit, client), ["order-7"] * 100))
     assert {answer.status_code for answer in answers} == {202}
     assert len({answer.json()["jobId"] for answer in answers}) == 1
     assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1

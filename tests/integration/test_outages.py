@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy.exc import DBAPIError
 from starlette.testclient import TestClient
@@ -60,6 +61,20 @@ def test_a_database_that_is_starting_or_full_is_one_that_is_away(
         raise DBAPIError("SELECT 1", None, Refused())
 
     monkeypatch.setattr("db.records.browse", refuse)
+    response = client.get("/v2/jobs")
+    assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
+
+
+@pytest.mark.parametrize(
+    "lost", [asyncpg.InterfaceError("connection is closed"), asyncpg.AdminShutdownError("terminating connection")]
+)
+def test_a_connection_that_is_lost_while_it_is_set_up_is_a_database_that_is_away(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, lost: Exception
+) -> None:
+    async def lose(*_: object, **__: object) -> None:
+        raise lost
+
+    monkeypatch.setattr(asyncpg.Connection, "set_type_codec", lose)
     response = client.get("/v2/jobs")
     assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
 

@@ -5,6 +5,7 @@ import io
 import logging
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,12 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from core.errors import Stopped
 from core.options import UpscaleOptions
+from core.queue import POOL
 from core.settings import Settings
-from tests.requests import encoded, png, submit, upload
+from tests.broker import connect_redis
+from tests.requests import body_of, encoded, png, submit, upload
 from tests.web import Web
 from worker import upscale
 from worker.upscale import open_worker
@@ -77,12 +81,42 @@ def test_an_image_url_that_answers_404_fails_the_job(client: TestClient, work: W
     assert _failure(client, job_id) == ("FAILED", "input_fetch_failed", "The image URL answered 404.")
 
 
-def test_an_image_url_that_nobody_answers_fails_the_job(client: TestClient, work: Work) -> None:
+def test_an_image_url_that_nobody_answers_fails_the_job_at_the_third_attempt(
+    client: TestClient, work: Work, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upscale, "RETRY_SECONDS", 0.0)
     job_id = submit(client, "http://127.0.0.1:9/a.png")
-    work()
+    assert work() == 3
     status, code, message = _failure(client, job_id)
     assert (status, code) == ("FAILED", "input_fetch_failed")
     assert message == "The image URL could not be reached, or did not answer in time."
+    assert sql("SELECT attempt, strikes FROM jobs") == [(3, 3)]
+
+
+def test_what_time_may_mend_is_tried_again_after_pauses_that_grow(
+    client: TestClient, work: Work, web: Web, sql: Sql
+) -> None:
+    job_id = submit(client, web.serve("/photo", status=503))
+    for low, high in ((1.6, 2.4), (8, 12)):
+        assert work() == 1
+        ((pause,),) = sql("SELECT extract(epoch FROM due_at - now())::float8 FROM jobs")
+        assert low - 1 < pause < high
+        assert _finished(client, job_id)["status"] == "QUEUED"
+        assert work() == 0
+        sql("UPDATE jobs SET due_at = now()")
+    web.serve("/photo", png(2, 2))
+    assert work() == 1
+    job = _finished(client, job_id)
+    assert (job["status"], job["error"], job["errorCode"]) == ("COMPLETED", None, None)
+    assert sql("SELECT attempt, strikes FROM jobs") == [(3, 2)]
+
+
+def test_a_mistake_of_the_caller_is_never_tried_again(client: TestClient, work: Work, web: Web, sql: Sql) -> None:
+    submit(client, web.url + "/nothing.png")
+    submit(client, web.serve("/photo.png", b"To whom it may concern"))
+    submit(client, "http://10.0.0.1/a.png")
+    assert work() == 3
+    assert sql("SELECT DISTINCT status, attempt, strikes FROM jobs") == [("FAILED", 1, 0)]
 
 
 def test_an_image_url_inside_a_private_network_fails_the_job(client: TestClient, work: Work) -> None:
@@ -159,6 +193,7 @@ class _Engine:
 
     def __init__(self, act: Callable[[Callable[[], bool]], object]) -> None:
         self._act = act
+        self.options: list[UpscaleOptions] = []
 
     def upscale(
         self,
@@ -167,14 +202,26 @@ class _Engine:
         on_progress: Callable[[float], None],
         should_stop: Callable[[], bool],
     ) -> Picture:
+        self.options.append(options)
         on_progress(0.5)
         self._act(should_stop)
         return picture
 
 
-def _run_one(settings: Settings, act: Callable[[Callable[[], bool]], object]) -> None:
-    with open_worker(settings, _Engine(act)) as worker:
+def _run_one(settings: Settings, act: Callable[[Callable[[], bool]], object]) -> UpscaleOptions:
+    """Run one job; return what the engine was told."""
+    engine = _Engine(act)
+    with open_worker(settings, engine) as worker:
         assert worker.run_next()
+    return engine.options[0]
+
+
+def _obey(should_stop: Callable[[], bool]) -> None:
+    """Work until told to stop, as an engine with many steps does."""
+    for _ in range(500):
+        if should_stop():
+            raise Stopped("The job was told to stop.")
+        time.sleep(0.01)
 
 
 def test_a_bug_in_the_engine_fails_its_job_without_telling_how(client: TestClient, settings: Settings) -> None:
@@ -197,40 +244,167 @@ def test_options_that_this_worker_cannot_read_fail_their_job_and_no_other(
     assert _finished(client, other)["status"] == "COMPLETED"
 
 
-def test_an_engine_out_of_memory_fails_its_job_by_that_name(client: TestClient, settings: Settings) -> None:
+def test_an_engine_out_of_memory_is_tried_once_more_in_small_tiles_and_then_fails_its_job_by_that_name(
+    client: TestClient, settings: Settings, sql: Sql
+) -> None:
     job_id = submit(client, upload(client, png(2, 2)))
 
     def swell(_: object) -> None:
         raise MemoryError
 
-    _run_one(settings, swell)
+    assert not _run_one(settings, swell).small_tiles
+    assert _finished(client, job_id)["status"] == "QUEUED"
+    assert _run_one(settings, swell).small_tiles
     assert _failure(client, job_id)[:2] == ("FAILED", "out_of_memory")
+    assert sql("SELECT attempt, strikes FROM jobs") == [(2, 1)]
 
 
-def test_an_attempt_that_lost_its_job_leaves_no_object_behind(client: TestClient, settings: Settings, sql: Sql) -> None:
+def test_a_storage_that_was_away_for_a_while_costs_a_strike_and_no_job(
+    client: TestClient, settings: Settings, work: Work, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upscale, "RETRY_SECONDS", 60.0)
+    job_id = submit(client, upload(client, png(2, 2)))
+    results = settings.storage_dir / "results"
+    _run_one(settings, lambda _: results.write_bytes(b"no folder"))
+    assert _finished(client, job_id)["status"] == "QUEUED"
+    results.unlink()
+    assert work() == 0
+    sql("UPDATE jobs SET due_at = now()")
+    assert work() == 1
+    assert _finished(client, job_id)["status"] == "COMPLETED"
+    assert sql("SELECT attempt, strikes FROM jobs") == [(2, 1)]
+
+
+def test_a_storage_that_stays_away_fails_the_job_by_that_name(
+    client: TestClient, settings: Settings, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upscale, "RETRY_SECONDS", 0.0)
+    job_id = submit(client, upload(client, png(2, 2)))
+    (settings.storage_dir / "results").write_bytes(b"no folder")
+    assert work() == 3
+    assert _failure(client, job_id)[:2] == ("FAILED", "storage_unavailable")
+
+
+def test_an_attempt_that_lost_its_job_leaves_nothing_behind(client: TestClient, settings: Settings, sql: Sql) -> None:
     job_id = submit(client, upload(client, png(2, 2)))
     _run_one(settings, lambda _: sql("UPDATE jobs SET attempt = 2"))
-    assert list((settings.storage_dir / "results" / str(job_id)).iterdir()) == []
+    assert list((settings.storage_dir / "results").iterdir()) == []
     assert _finished(client, job_id)["status"] == "PROCESSING"
 
 
-def test_a_running_attempt_stops_when_its_job_is_taken_away(
-    client: TestClient, settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+def test_a_zombie_deletes_its_own_object_and_not_that_of_the_attempt_after_it(
+    client: TestClient, settings: Settings, work: Work, sql: Sql
 ) -> None:
-    monkeypatch.setattr(upscale, "WATCH_SECONDS", 0.05)
+    job_id = submit(client, upload(client, png(2, 2)))
+
+    def sleep_while_others_finish(_: object) -> None:
+        sql("UPDATE jobs SET status = 'QUEUED', strikes = 1")
+        assert work() == 1
+
+    _run_one(settings, sleep_while_others_finish)
+    result = _finished(client, job_id)["result"]
+    assert [file.name for file in (settings.storage_dir / "results" / str(job_id)).iterdir()] == ["2.png"]
+    assert hashlib.sha256(client.get(result["images"][0]).content).hexdigest() == result["sha256"]
+    assert result["engine"] == "lanczos"
+
+
+def test_a_running_attempt_stops_when_its_job_is_taken_away(client: TestClient, settings: Settings, sql: Sql) -> None:
+    hasty = settings.model_copy(update={"lease_seconds": 0.3})
     submit(client, upload(client, png(2, 2)))
-    stopped = threading.Event()
 
-    def wait(should_stop: Callable[[], bool]) -> None:
+    def lose(should_stop: Callable[[], bool]) -> None:
         sql("UPDATE jobs SET attempt = 2")
-        for _ in range(200):
-            if should_stop():
-                stopped.set()
-                return
-            threading.Event().wait(0.02)
+        _obey(should_stop)
+        pytest.fail("it was not told to stop")
 
-    _run_one(settings, wait)
-    assert stopped.is_set()
+    _run_one(hasty, lose)
+    assert sql("SELECT status, attempt, strikes FROM jobs") == [("PROCESSING", 2, 0)]
+
+
+def test_a_cancelled_job_stops_at_its_next_step(client: TestClient, settings: Settings) -> None:
+    job_id = submit(client, upload(client, png(2, 2)))
+
+    def cancel(should_stop: Callable[[], bool]) -> None:
+        time.sleep(0.3)  # until the worker listens
+        assert client.post(f"/v2/jobs/{job_id}/cancel").status_code == 202
+        began = time.monotonic()
+        with pytest.raises(Stopped):
+            _obey(should_stop)
+        assert time.monotonic() - began < 1
+        raise Stopped("The job was told to stop.")
+
+    _run_one(settings, cancel)
+    job = _finished(client, job_id)
+    assert (job["status"], job["error"], job["errorCode"]) == ("CANCELLED", None, None)
+
+
+def test_a_result_that_comes_after_the_cancel_is_thrown_away(client: TestClient, settings: Settings) -> None:
+    job_id = submit(client, upload(client, png(2, 2)))
+    _run_one(settings, lambda _: client.post(f"/v2/jobs/{job_id}/cancel"))
+    assert _finished(client, job_id)["status"] == "CANCELLED"
+    assert list((settings.storage_dir / "results").iterdir()) == []
+
+
+def test_a_deadline_that_passes_while_the_job_runs_cancels_it(client: TestClient, settings: Settings) -> None:
+    hasty = settings.model_copy(update={"lease_seconds": 1.0})
+    body = body_of(upload(client, png(2, 2)))
+    job_id = client.post("/v2/images/upscale", json=body, headers={"Cancel-After": "1s"}).json()["jobId"]
+    _run_one(hasty, _obey)
+    assert _failure(client, job_id)[:2] == ("CANCELLED", "deadline_exceeded")
+
+
+def test_a_drain_without_time_hands_the_job_back_without_a_strike(
+    client: TestClient, settings: Settings, sql: Sql
+) -> None:
+    submit(client, upload(client, png(2, 2)))
+    with open_worker(settings.model_copy(update={"drain_seconds": 0.0}), _Engine(_obey)) as worker:
+        worker.drain()
+        assert worker.run_next()
+    assert sql("SELECT status, attempt, strikes, due_at <= now() FROM jobs") == [("QUEUED", 1, 0, True)]
+    with connect_redis(settings.redis_url) as broker:
+        _wait_for(lambda: broker.llen(POOL) >= 1)
+
+
+def test_a_drain_with_time_lets_the_job_finish(client: TestClient, settings: Settings, sql: Sql) -> None:
+    job_id = submit(client, upload(client, png(2, 2)))
+
+    def work_on(should_stop: Callable[[], bool]) -> None:
+        worker.drain()
+        assert not should_stop()
+
+    with open_worker(settings, _Engine(work_on)) as worker:
+        assert worker.run_next()
+    assert _finished(client, job_id)["status"] == "COMPLETED"
+
+
+def test_a_worker_that_ends_leaves_the_register(client: TestClient, settings: Settings, sql: Sql) -> None:
+    submit(client, upload(client, png(2, 2)))
+    _run_one(settings, lambda _: sql("INSERT INTO tallies SELECT 'seen', 0, count(*) FROM workers"))
+    assert sql("SELECT count FROM tallies WHERE name = 'seen'") == [(1,)]
+    assert sql("SELECT count(*) FROM workers") == [(0,)]
+
+
+def test_a_bug_in_what_runs_beside_the_jobs_costs_no_job(
+    client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def explode(*_: object) -> None:
+        raise ZeroDivisionError("an internal detail")
+
+    job_ids = [submit(client, upload(client, png(2, 2))) for _ in range(2)]
+    monkeypatch.setattr("worker.lease.workers.beat", explode)
+    monkeypatch.setattr("core.notices.announce", explode)
+    hasty = settings.model_copy(update={"lease_seconds": 0.3})
+    with open_worker(hasty, _Engine(lambda _: time.sleep(0.2))) as worker:
+        assert worker.run_next()
+        assert worker.run_next()
+    assert [_finished(client, job_id)["status"] for job_id in job_ids] == ["COMPLETED", "COMPLETED"]
+
+
+def _wait_for(holds: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < give_up_at, "it did not come about in time"
+        time.sleep(0.02)
 
 
 def test_progress_is_shown_while_the_job_runs(
