@@ -103,7 +103,7 @@ class SubmitHeaders:
     async def idempotency(self, path: str, body: BaseModel) -> Idempotency | None:
         """Return what tells this request from others, None when it carries no Idempotency-Key.
 
-        The body is that which was validated, so that spelling and defaults make no difference.
+        The body is that which was validated, so a field that is given its default is the same as none.
         """
         if self.idempotency_key is None:
             return None

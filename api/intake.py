@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import anyio.to_thread
 
 from core import storage as keys
-from core.errors import IdempotencyKeyReused, PayloadTooLarge, QueueFull, UrlNotAllowed, ValidationError
+from core.errors import PayloadTooLarge, QueueFull, UrlNotAllowed, ValidationError
 from core.options import MAX_SEED, OutputFormat, UpscaleOptions
 from core.outbound import check_url
 from core.queue import Hints
@@ -178,16 +178,12 @@ class Intake:
             idempotency_key=idempotency_key,
             fingerprint=await anyio.to_thread.run_sync(_digest, data) if idempotency_key else None,
         )
-        await self._storage.write(key, data)
         ttl = timedelta(seconds=self._settings.upload_ttl_seconds)
-        try:
-            async with self._database.connection() as connection:
-                stored = await uploads.record(connection, new, ttl)
-        except IdempotencyKeyReused:
-            await self._storage.delete(key)
-            raise
-        if stored.replayed:
-            await self._storage.delete(key)
+        # The row comes first: an object without a row would never be deleted. And the object is written in any case,
+        # for the request that this one repeats may have died in between.
+        async with self._database.connection() as connection:
+            stored = await uploads.record(connection, new, ttl)
+        await self._storage.write(stored.key, data)
         return ReceivedUpload(stored.id, stored.key, format, len(data), stored.expires_at, stored.replayed)
 
     async def _locate(self, caller_id: UUID, submission: Submission) -> tuple[str | None, str | None]:

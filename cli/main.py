@@ -79,12 +79,14 @@ def keys() -> None:
 
 _weight = click.option(
     "--weight",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0.001, max=1000, clamp=False),
     default=1.0,
     show_default=True,
     help="Its share of the workers while others wait too.",
 )
-_max_concurrent = click.option("--max-concurrent", type=click.IntRange(min=1), help="How many of its jobs may run.")
+_max_concurrent = click.option(
+    "--max-concurrent", type=click.IntRange(min=1, max=10_000), help="How many of its jobs may run."
+)
 _max_queued = click.option("--max-queued", type=click.IntRange(min=1), help="How many of its jobs may wait.")
 
 

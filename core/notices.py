@@ -49,8 +49,8 @@ class Listener:
         try:
             await self._pubsub.subscribe(self._channel)  # pyright: ignore[reportUnknownMemberType] - a repetition does no harm
             while (left := until - time.monotonic()) > 0:
-                message: Any = await self._pubsub.get_message(ignore_subscribe_messages=True, timeout=left)
-                if message is not None:
+                heard: Any = self._pubsub.get_message(ignore_subscribe_messages=True, timeout=left)
+                if await heard is not None:
                     return True
         except RedisError as error:
             logger.debug("not listening on %s: %s", self._channel, error)

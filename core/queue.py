@@ -109,8 +109,11 @@ class Hints:
             closing, count = not all(owed), sum(owed)
             try:
                 self._send(count)
-            except (KombuError, RedisError) as error:
+            except (KombuError, RedisError, OSError) as error:
                 logger.warning("%d hints dropped, the sweep will send others: %s", count, error)
+            except Exception:
+                # Without this thread no hint would ever be sent again, and nobody would notice.
+                logger.exception("bug while sending %d hints", count)
         self._celery.close()
         self._redis.close()
 

@@ -75,6 +75,8 @@ class Settings(BaseSettings):
     """How long a worker may be silent before its jobs are given to others."""
     max_strikes: Annotated[int, Field(ge=1)] = 3
     """How many attempts of one job may be lost to faults before it fails."""
+    retry_seconds: Annotated[float, Field(ge=0)] = 10.0
+    """How long a job waits after a first passing fault; five times longer after each further one."""
     drain_seconds: Annotated[float, Field(ge=0)] = 30.0
     """How long a worker that was told to end goes on with its job before it gives the job back."""
     stall_seconds: Annotated[float, Field(gt=0)] = 300.0
@@ -86,7 +88,7 @@ class Settings(BaseSettings):
     """A job that would have to wait longer, by our estimate, is refused."""
 
     sweep_seconds: Annotated[float, Field(gt=0)] = 2.0
-    """How often missing hints are looked for, and how long a hint may be under way before it counts as missing."""
+    """How often the dispatcher sweeps, and how long a hint may be under way before it counts as missing."""
 
     log_level: Annotated[str, Field(pattern="^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"
 

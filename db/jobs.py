@@ -1,4 +1,4 @@
-"""The life of a job: every change of state is one guarded statement here, and nowhere else.
+"""How attempts end, and jobs with them: each change of a job's state is one guarded statement, here or in db.queue.
 
 Each change is a single SQL statement, so it is a transaction by itself; what must happen together with it, like the
 delivery that reports it, is part of the same statement. `attempt` is the fence: whoever ends an attempt names it.
@@ -104,10 +104,13 @@ async def complete(
 async def fail(connection: AsyncConnection, attempt: Attempt, error: UpscaledError) -> None:
     """End the attempt with an error whose sentence and code the caller will read; saying it twice changes nothing.
 
+    A job whose caller asked to cancel it is cancelled all the same.
+
     Raises:
         LeaseLost: the attempt is no longer current; nothing was changed.
     """
-    await _end(connection, attempt, _FAIL, {"sentence": str(error), "code": error.code}, JobStatus.FAILED)
+    values = {"sentence": str(error), "code": error.code}
+    await _end(connection, attempt, _FAIL, values, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 async def hand_back(
@@ -206,14 +209,14 @@ def _changed(rows: Any) -> list[Changed]:
 
 
 async def _end(
-    connection: AsyncConnection, attempt: Attempt, ending: Statement, values: dict[str, Any], status: JobStatus
+    connection: AsyncConnection, attempt: Attempt, ending: Statement, values: dict[str, Any], *ends: JobStatus
 ) -> None:
     if (await connection.execute(ending, _fence(attempt) | values)).one_or_none() is not None:
         return
     found = select(Job.status).where(Job.id == attempt.job_id, Job.attempt == attempt.number)
     now = (await connection.execute(found)).scalar_one_or_none()
     # An earlier call may have been committed though its answer was lost: then this one is a repetition, and true.
-    if now == status:
+    if now in ends:
         return
     if now == JobStatus.PROCESSING:
         raise Stopped("The caller has asked to cancel this job.")
@@ -221,6 +224,9 @@ async def _end(
 
 
 _CURRENT = and_(Job.id == bindparam("job_id"), Job.attempt == bindparam("number"), Job.status == PROCESSING)
+
+
+_UNWANTED = Job.cancel_requested_at.is_not(None)
 
 
 def _change(change: Update) -> Statement:
@@ -265,10 +271,11 @@ _FAIL = _change(
     update(Job)
     .where(_CURRENT)
     .values(
-        status=JobStatus.FAILED.value,
+        # Whoever asked to cancel was told that the job would stop, and so it does.
+        status=case((_UNWANTED, literal(JobStatus.CANCELLED.value)), else_=literal(JobStatus.FAILED.value)),
         completed_at=func.now(),
-        error=bindparam("sentence", type_=Text),
-        error_code=bindparam("code", type_=Text),
+        error=case((~_UNWANTED, bindparam("sentence", type_=Text))),
+        error_code=case((~_UNWANTED, bindparam("code", type_=Text))),
         purge_at=func.now() + PURGE_AFTER,
     )
 )
@@ -299,6 +306,9 @@ def _hand_back(whose: ColumnElement[bool]) -> Statement:
                 else_=literal(JobStatus.QUEUED.value),
             ),
             strikes=Job.strikes + strike,
+            # A worker of the release before would not overwrite these.
+            worker_id=case((over, Job.worker_id)),
+            slot=case((over, Job.slot)),
             due_at=func.now() + bindparam("pause", type_=Interval),
             started_at=case((over, Job.started_at)),
             completed_at=case((over, func.now())),

@@ -107,13 +107,13 @@ class ApiKey(Model):
     max_queued: Mapped[int | None]
     """How many of its jobs may wait; NULL: as many as the settings say."""
     next_tag: Mapped[float] = mapped_column(server_default=text("0"))
-    """The start-time fair tag at which its next job may start: see db.jobs.submit."""
+    """The start-time fair tag at which its next job may start: see db.queue.submit."""
     apiframe_digest: Mapped[bytes | None]
     """SHA-256 of the bare key, with which Apiframe signs webhooks; stored only where the settings ask for that."""
 
     __table_args__ = (
-        CheckConstraint("weight > 0", name="weight"),
-        CheckConstraint("max_concurrent > 0", name="max_concurrent"),
+        CheckConstraint("weight BETWEEN 0.001 AND 1000", name="weight"),
+        CheckConstraint("max_concurrent BETWEEN 1 AND 10000", name="max_concurrent"),
         CheckConstraint("max_queued > 0", name="max_queued"),
         # Every submit moves next_tag: with room on the page that touches no index.
         {"postgresql_with": {"fillfactor": "50"}},
@@ -299,7 +299,7 @@ class Upload(Model):
     purged_at: Mapped[datetime | None]
     """When the sweep deleted the object."""
     idempotency_key: Mapped[str | None]
-    """Unique within its API key; the sweep frees it after a day."""
+    """Unique within its API key; it is free again once the upload has expired."""
     fingerprint: Mapped[bytes | None]
     """SHA-256 of the image that came with the idempotency key."""
 

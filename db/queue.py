@@ -122,7 +122,8 @@ def _values(job: NewJob, max_queued: int) -> dict[str, Any]:
         "owner": job.api_key_id,
         "new_model": job.model,
         "new_input": job.input,
-        "new_options": job.options.model_dump(mode="json"),
+        # What only the worker sets is left out: a worker of the release before need not know of it.
+        "new_options": job.options.model_dump(mode="json", exclude={"small_tiles"}),
         "new_image_url": job.image_url,
         "new_image_key": job.image_key,
         "new_webhook_url": job.webhook_url,
@@ -284,7 +285,7 @@ _ALIVE = (
 
 # Whose turn it is …
 _FIRST = (
-    select(Job.id, Job.api_key_id, Job.tag)
+    select(Job.id, Job.api_key_id, Job.tag, Job.cost)
     .where(_waiting(Job), Job.api_key_id.not_in(_FULL))
     .order_by(Job.tag, Job.id)
     .limit(1)
@@ -292,12 +293,12 @@ _FIRST = (
     .cte("first")
 )
 
-# … and which of that key's jobs it shall be. It takes over the place of the first, which in exchange gets its place:
-# so priorities change nothing between keys.
+# … and which of that key's jobs it shall be. It takes over the place of the first, which in exchange gets its place.
+# It must cost no more than the first, or priorities would change something between keys: a place is worth what it cost.
 _Own = aliased(Job, name="own")
 _PICK = (
     select(_Own.id, _Own.tag)
-    .where(_waiting(_Own), _Own.api_key_id == _the(_FIRST.c.api_key_id))
+    .where(_waiting(_Own), _Own.api_key_id == _the(_FIRST.c.api_key_id), _Own.cost <= _the(_FIRST.c.cost))
     .order_by(_Own.priority.desc(), _Own.tag, _Own.id)
     .limit(1)
     .with_for_update(skip_locked=True)

@@ -2,14 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from uuid import UUID
 
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.orm import aliased
 
 from core.options import OutputFormat
 from core.storage import result_key
-from db.models import Job
+from db.models import PROCESSING, QUEUED, Job
+
+PUT_OFF = timedelta(minutes=10)
+"""When to try again to delete what could not be deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +28,18 @@ class Leavings:
 async def find_leavings(connection: AsyncConnection, limit: int) -> list[Leavings]:
     """Return what is due to be deleted, oldest first.
 
-    A worker that was killed may have left an object that no row names. Its key follows from the number of its attempt,
-    so every attempt's key is listed, written or not.
+    A result that an unfinished job has as its input stays. A worker that was killed may have left an object that no row
+    names: its key follows from the number of its attempt, so every attempt's key is listed, written or not.
     """
+    reader = aliased(Job, name="reader")
+    needed = (
+        select(reader.id).where(reader.image_key == Job.result_key, reader.status.in_([QUEUED, PROCESSING])).exists()
+    )
     format = Job.options["output_format"].astext
     due = (
         select(Job.id, Job.attempt, format.label("format"))
         # A format that this release does not know is left to the next one, which wrote it.
-        .where(Job.purge_at <= func.now(), format.in_(list(OutputFormat)))
+        .where(Job.purge_at <= func.now(), ~needed, format.in_(list(OutputFormat)))
         .order_by(Job.purge_at)
         .limit(limit)
     )
@@ -46,3 +55,8 @@ async def find_leavings(connection: AsyncConnection, limit: int) -> list[Leaving
 async def mark_purged(connection: AsyncConnection, job_ids: Sequence[UUID]) -> None:
     """Record that what these jobs left is gone."""
     await connection.execute(update(Job).where(Job.id.in_(job_ids)).values(purge_at=None))
+
+
+async def put_off(connection: AsyncConnection, job_ids: Sequence[UUID]) -> None:
+    """Try again later what these jobs left: it must not keep others waiting."""
+    await connection.execute(update(Job).where(Job.id.in_(job_ids)).values(purge_at=func.now() + PUT_OFF))

@@ -25,6 +25,8 @@ class Database:
             settings.database_url,
             # No BEGIN and COMMIT around single statements: what must happen together is one statement.
             isolation_level="AUTOCOMMIT",
+            # Errors are logged, and parameters are secrets, prompts and signed URLs.
+            hide_parameters=True,
             pool_size=settings.database_pool_size,
             max_overflow=0,
             pool_timeout=5,

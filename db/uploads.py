@@ -18,7 +18,7 @@ PURGE_DELAY = timedelta(minutes=5)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewUpload:
-    """A stored image that is to be recorded."""
+    """An image that is to be recorded, and then stored."""
 
     id: UUID
     api_key_id: UUID
@@ -30,7 +30,7 @@ class NewUpload:
 
 @dataclass(frozen=True, slots=True)
 class StoredUpload:
-    """The upload that was recorded, or that the same idempotency key brought before."""
+    """The upload that was recorded, or the one that the same idempotency key brought before."""
 
     id: UUID
     key: str
@@ -39,7 +39,7 @@ class StoredUpload:
 
 
 async def record(connection: AsyncConnection, upload: NewUpload, ttl: timedelta) -> StoredUpload:
-    """Record a stored image, unless the same idempotency key brought it before.
+    """Record an image that is about to be stored, unless the same idempotency key brought it before.
 
     Raises:
         IdempotencyKeyReused: the idempotency key came with another image before.
@@ -63,6 +63,8 @@ async def record(connection: AsyncConnection, upload: NewUpload, ttl: timedelta)
     earlier = select(Upload.id, Upload.key, Upload.expires_at, Upload.fingerprint).where(
         Upload.api_key_id == upload.api_key_id, Upload.idempotency_key == upload.idempotency_key
     )
+    if upload.idempotency_key is not None:
+        await _free_expired(connection, upload.api_key_id, upload.idempotency_key)
     while True:
         if (expires_at := (await connection.execute(statement)).scalar_one_or_none()) is not None:
             return StoredUpload(upload.id, upload.key, expires_at, replayed=False)
@@ -72,6 +74,13 @@ async def record(connection: AsyncConnection, upload: NewUpload, ttl: timedelta)
         if row.fingerprint != upload.fingerprint:
             raise IdempotencyKeyReused("This Idempotency-Key came with another image before.")
         return StoredUpload(row.id, row.key, row.expires_at, replayed=True)
+
+
+async def _free_expired(connection: AsyncConnection, api_key_id: UUID, idempotency_key: str) -> None:
+    """Let an upload that can no longer be named not stand in for a new one."""
+    same = (Upload.api_key_id == api_key_id, Upload.idempotency_key == idempotency_key)
+    freed = update(Upload).where(*same, Upload.expires_at <= func.now()).values(idempotency_key=None, fingerprint=None)
+    await connection.execute(freed)
 
 
 async def find_key(connection: AsyncConnection, upload_id: UUID, api_key_id: UUID) -> str | None:

@@ -103,6 +103,7 @@ def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
         engine="lanczos",
         outbound_allow="127.0.0.0/8",
         sweep_seconds=0.2,
+        retry_seconds=2,
     )
 
 

@@ -170,10 +170,10 @@ class Lease:
 
     async def beat(self) -> None:
         """Say that the worker lives; stop its attempt should it be lost or unwanted."""
-        held = self._held
+        held, worker_id = self._held, self.id
         async with self._database.connection() as connection:
-            known = await workers.beat(connection, self.id, self._seconds_per_cost, held and held.attempt)
-        if not known.registered:
+            known = await workers.beat(connection, worker_id, self._seconds_per_cost, held and held.attempt)
+        if not known.registered and worker_id == self.id:
             logger.warning("presumed dead by others: registering again")
             self.forsake()
         if held is not None and (known.unwanted or not known.owns):

@@ -1,5 +1,6 @@
 """The sweep: finds what processes and messages have lost, and what is over. It compares the truth with the world."""
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -53,10 +54,18 @@ class Sweeper:
                 # The lock belongs to this connection: should either die, another dispatcher takes over.
                 async with self._database.connection() as connection, leading(connection, self._silence) as leads:
                     if leads:
-                        await self._sweep_for_ever(connection)
+                        await self._lead(connection)
             except DatabaseUnavailable as error:
                 logger.warning("sweep put off: %s", error)
             await anyio.sleep(self._settings.sweep_seconds)
+
+    async def _lead(self, connection: AsyncConnection) -> None:
+        purging = asyncio.create_task(self._purge_for_ever())
+        try:
+            await self._sweep_for_ever(connection)
+        finally:
+            purging.cancel()
+            await asyncio.wait([purging])
 
     async def _sweep_for_ever(self, connection: AsyncConnection) -> None:
         settle = SETTLE_BEATS * self._settings.beat_seconds
@@ -73,7 +82,7 @@ class Sweeper:
             await anyio.sleep(self._settings.sweep_seconds)
 
     async def sweep(self, connection: AsyncConnection) -> None:
-        """Do everything once, but for declaring workers dead."""
+        """Do everything once, but for declaring workers dead and deleting objects."""
         await self._announce(await jobs.expire(connection))
         await estimates.measure(connection, self._lease)
         try:
@@ -81,10 +90,6 @@ class Sweeper:
         except RedisError as error:
             logger.warning("hints put off, Redis is away: %s", error)
         await queue.free_idempotency_keys(connection)
-        try:
-            await self.purge(connection)
-        except StorageUnavailable as error:
-            logger.warning("expired objects stay for now: %s", error)
 
     async def bury(self, connection: AsyncConnection) -> None:
         """Give the jobs of dead workers to others."""
@@ -109,18 +114,41 @@ class Sweeper:
         self._hints.send(missing)
         return missing
 
-    async def purge(self, connection: AsyncConnection) -> None:
-        """Delete the objects whose time is over, then mark their rows; what fails is met again by the next sweep."""
-        leavings = await retention.find_leavings(connection, PURGED_AT_ONCE)
-        for left in leavings:
-            for key in left.keys:
-                await self._storage.delete(key)
-        if leavings:
-            await retention.mark_purged(connection, [left.job_id for left in leavings])
-        if keys := await uploads.find_expired(connection, PURGED_AT_ONCE):
+    async def _purge_for_ever(self) -> None:
+        """Delete what is over, beside the sweep: a storage that is slow must not keep it from finding dead workers."""
+        while True:
+            try:
+                while await self.purge() >= PURGED_AT_ONCE:
+                    pass
+            except DatabaseUnavailable as error:
+                logger.warning("expired objects stay for now: %s", error)
+            await anyio.sleep(self._settings.sweep_seconds)
+
+    async def purge(self) -> int:
+        """Delete objects whose time is over, then mark their rows; return how many rows were marked.
+
+        What cannot be deleted is met again later, and stands in nobody's way.
+        """
+        async with self._database.connection() as connection:
+            leavings = await retention.find_leavings(connection, PURGED_AT_ONCE)
+            expired = await uploads.find_expired(connection, PURGED_AT_ONCE)
+        gone = [left.job_id for left in leavings if await self._delete(left.keys)]
+        gone_uploads = [key for key in expired if await self._delete([key])]
+        async with self._database.connection() as connection:
+            if kept := {left.job_id for left in leavings}.difference(gone):
+                await retention.put_off(connection, list(kept))
+            await retention.mark_purged(connection, gone)
+            await uploads.mark_purged(connection, gone_uploads)
+        return len(gone) + len(gone_uploads)
+
+    async def _delete(self, keys: Sequence[str]) -> bool:
+        try:
             for key in keys:
                 await self._storage.delete(key)
-            await uploads.mark_purged(connection, keys)
+        except StorageUnavailable as error:
+            logger.warning("expired objects %s stay for now: %s", ", ".join(keys), error)
+            return False
+        return True
 
     async def _announce(self, changed: Sequence[Changed]) -> None:
         if changed:

@@ -29,6 +29,7 @@ from core.errors import (
     NotFound,
     OutOfMemory,
     Stopped,
+    StorageUnavailable,
     TransientError,
     UpscaledError,
 )
@@ -50,15 +51,15 @@ EMPTY_CLAIM_PAUSE_SECONDS = 0.005
 """A claim comes back empty when every queued row is locked by others: it is asked once more after this pause."""
 
 FINISH_PATIENCE_SECONDS = 60.0
-"""How long a finished attempt waits for a database that is away: the work is done, and worth keeping."""
+"""How long a finished attempt waits for a storage or a database that is away: the work is done, and worth keeping."""
 
 FINISH_RETRY_SECONDS = 1.0
 PROGRESS_INTERVAL_SECONDS = 0.2
 PROGRESS_EVENT_INTERVAL_SECONDS = 1.0
 """How often the webhook of a job is told of its progress at most."""
 
-RETRY_SECONDS = 2.0
-"""How long a job waits after a first passing fault; five times longer after each further one, give or take a fifth."""
+RETRY_GROWTH = 5.0
+"""How much longer a job waits after each further passing fault, give or take a fifth."""
 
 LONGEST_RETRY_SECONDS = 300.0
 
@@ -121,8 +122,8 @@ class Worker:
     def run_next(self) -> bool:
         """Claim the next job and carry it to its end; return whether there was one.
 
-        Whatever is wrong with a job ends that job. Only a database that is away ends the call: what it left undone,
-        the sweep will find.
+        Whatever is wrong with a job ends that job. What could not be ended, because the database was away, is left to
+        the sweep.
         """
         attempt = self._portal.call(self._claim)
         if attempt is None:
@@ -134,6 +135,9 @@ class Worker:
         except DatabaseUnavailable as error:
             logger.warning("job %s attempt %d: left behind, %s", attempt.job_id, attempt.number, error)
             self._lease.forsake()
+        except BaseException:
+            self._lease.forsake()  # whatever it is, the job must not stay with a worker that has forgotten it
+            raise
         return True
 
     def _run(self, held: Held) -> None:
@@ -143,9 +147,11 @@ class Worker:
         except LeaseLost as error:
             logger.info("job %s attempt %d: dropped, %s", attempt.job_id, attempt.number, error)
             return
-        except (Stopped, DatabaseUnavailable) as error:
+        except Stopped as error:
             self._hand_back(attempt, None, str(error))
             return
+        except DatabaseUnavailable:
+            raise
         except MemoryError as error:
             failure = OutOfMemory("The worker ran out of memory.").with_traceback(error.__traceback__)
         except UpscaledError as error:
@@ -205,7 +211,7 @@ class Worker:
             except LeaseLost as error:
                 logger.warning("%s Registering again.", error)
                 self._lease.forsake()
-            except DatabaseUnavailable:
+            except BaseException:
                 self._lease.forsake()  # a job may be ours by now, and we shall never know
                 raise
 
@@ -224,7 +230,7 @@ class Worker:
     async def _keep(self, attempt: Attempt, data: bytes, result: Result) -> None:
         """Write the object under the attempt's own key, then complete the job with it, or take it away again."""
         key = result_key(attempt.job_id, attempt.number, result.format)
-        await self._parts.storage.write(key, data)
+        await self._write(key, data)
         failpoints.reach("after_upload")
         ttl = timedelta(seconds=self._settings.result_ttl_seconds)
         try:
@@ -233,6 +239,18 @@ class Worker:
             await self._parts.storage.delete(key)
             raise
         failpoints.reach("after_commit")
+
+    async def _write(self, key: str, data: bytes) -> None:
+        """Store the finished picture, waiting for a storage that is away."""
+        give_up_at = time.monotonic() + FINISH_PATIENCE_SECONDS
+        while True:
+            try:
+                return await self._parts.storage.write(key, data)
+            except StorageUnavailable as error:
+                if time.monotonic() > give_up_at or self._lease.drained:
+                    raise
+                logger.warning("%s: %s", key, error)
+                await anyio.sleep(FINISH_RETRY_SECONDS)
 
     def _fail(self, attempt: Attempt, error: UpscaledError) -> None:
         logger.info("job %s attempt %d: failed, %s: %s", attempt.job_id, attempt.number, error.code, error)
@@ -248,8 +266,8 @@ class Worker:
     def _hand_back(self, attempt: Attempt, fault: UpscaledError | None, why: str) -> None:
         """Let the job be claimed again: at once after a drain, after a pause when something has to pass."""
         reduce = isinstance(fault, OutOfMemory)
-        pause = min(RETRY_SECONDS * 5**attempt.strikes, LONGEST_RETRY_SECONDS) * random.uniform(0.8, 1.2)  # noqa: S311
-        wait = 0.0 if fault is None or reduce else pause
+        pause = min(self._settings.retry_seconds * RETRY_GROWTH**attempt.strikes, LONGEST_RETRY_SECONDS)
+        wait = 0.0 if fault is None or reduce else pause * random.uniform(0.8, 1.2)  # noqa: S311
 
         async def change(connection: AsyncConnection) -> JobStatus:
             strikes, due_in = self._settings.max_strikes, timedelta(seconds=wait)

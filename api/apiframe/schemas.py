@@ -120,7 +120,10 @@ class UpscaleRequest(Request):
     clarityUpscaleParams: ClarityUpscaleParams
     prompt: Prompt = Field("", description="The same as in the parameters, where the model page also puts it.")
     priority: int = Field(
-        0, ge=-10, le=10, description="Among your own waiting jobs, higher goes first. An addition of ours."
+        0,
+        ge=-10,
+        le=10,
+        description="Among your waiting jobs of equal cost higher goes first. An addition of ours.",
     )
     webhookUrl: Url | None = Field(None, description="Where to POST events of this job.")
     webhook_url: Url | None = Field(None, description="The model page's spelling of webhookUrl.")

@@ -40,7 +40,6 @@ def test_absent_parameters_get_the_defaults_of_the_model_page(client: TestClient
         "sharpen": 0,
         "output_format": "png",
         "output_quality": 95,
-        "small_tiles": False,
     }
 
 
@@ -71,7 +70,6 @@ def test_every_parameter_reaches_the_options_under_our_own_name(client: TestClie
         "sharpen": 10,
         "output_format": "webp",
         "output_quality": 1,
-        "small_tiles": False,
     }
 
 

@@ -15,7 +15,7 @@ from core.errors import DatabaseUnavailable
 from core.queue import ENOUGH_HINTS, POOL, Hints
 from core.settings import Settings
 from core.storage import open_storage
-from db import jobs, uploads
+from db import jobs, retention, uploads
 from db.session import Database
 from db.uploads import NewUpload
 from tests.broker import connect_redis
@@ -243,11 +243,6 @@ def _stored(settings: Settings) -> set[str]:
     return {str(path.relative_to(settings.storage_dir)) for path in settings.storage_dir.rglob("*.png")}
 
 
-async def _purge(database: Database, sweeper: Sweeper) -> None:
-    async with database.connection() as connection:
-        await sweeper.purge(connection)
-
-
 async def test_results_are_deleted_once_they_have_expired_and_so_is_what_killed_attempts_left(
     settings: Settings, database: Database, sweeper: Sweeper, sql_async: Any
 ) -> None:
@@ -262,7 +257,7 @@ async def test_results_are_deleted_once_they_have_expired_and_so_is_what_killed_
         await queue.do(jobs.complete, attempt, RESULT, keys[state][1], timedelta(hours=1))
         await _store(settings, *keys[state])
     await sql_async("UPDATE jobs SET purge_at = now() WHERE id = $1", ended["expired"])
-    await _purge(database, sweeper)
+    await sweeper.purge()
     assert _stored(settings) == {*keys["readable"]}
     rows = await sql_async("SELECT id, purge_at IS NULL AS purged FROM jobs")
     assert {row["id"]: row["purged"] for row in rows} == {ended["expired"]: True, ended["readable"]: False}
@@ -276,7 +271,7 @@ async def test_what_a_job_left_that_is_not_over_stays(
     await queue.take()
     await _store(settings, f"results/{job_id}/1.png")
     await sql_async("UPDATE jobs SET created_at = now() - interval '9 days'")
-    await _purge(database, sweeper)
+    await sweeper.purge()
     assert _stored(settings) == {f"results/{job_id}/1.png"}
 
 
@@ -298,12 +293,12 @@ async def test_an_upload_that_has_expired_is_deleted_unless_a_job_waits_for_it(
     needed, old, recent = await add("1 day"), await add("1 day"), await add("1 minute")
     await queue.submit(owner, image_url=None, image_key=needed)
     await queue.submit(owner)
-    await _purge(database, sweeper)
+    await sweeper.purge()
     assert _stored(settings) == {needed, recent}
     rows = await sql_async("SELECT key FROM uploads WHERE purged_at IS NOT NULL AND idempotency_key IS NULL")
     assert [row["key"] for row in rows] == [old]
     await queue.do(jobs.complete, await queue.take(), RESULT, "k", timedelta(hours=1))
-    await _purge(database, sweeper)
+    await sweeper.purge()
     assert _stored(settings) == {recent}
 
 
@@ -316,9 +311,14 @@ async def test_an_object_that_cannot_be_deleted_is_tried_again(
     await sql_async("UPDATE jobs SET purge_at = now()")
     stubborn = settings.storage_dir / f"results/{job_id}/1.png"
     stubborn.mkdir(parents=True)  # a folder is not deleted as a file is
-    async with database.connection() as connection:
-        await sweeper.sweep(connection)  # which is not the end of the sweep
-        stubborn.rmdir()
-        await sweeper.sweep(connection)
+    other = await queue.submit(await queue.add_key())
+    await queue.do(jobs.complete, await queue.take(), RESULT, f"results/{other}/1.png", timedelta(hours=1))
+    await _store(settings, f"results/{other}/1.png")
+    await sql_async("UPDATE jobs SET purge_at = now() WHERE id = $1", other)
+    assert await sweeper.purge() == 1  # nobody else has to wait for that
+    assert _stored(settings) == {f"results/{job_id}/1.png"}
+    stubborn.rmdir()
+    await sql_async("UPDATE jobs SET purge_at = purge_at - $1::interval", retention.PUT_OFF)
+    assert await sweeper.purge() == 1
     (row,) = await sql_async("SELECT purge_at FROM jobs")
     assert row["purge_at"] is None

@@ -84,7 +84,7 @@ def test_an_image_url_that_answers_404_fails_the_job(client: TestClient, work: W
 def test_an_image_url_that_nobody_answers_fails_the_job_at_the_third_attempt(
     client: TestClient, work: Work, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upscale, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(upscale, "LONGEST_RETRY_SECONDS", 0.0)
     job_id = submit(client, "http://127.0.0.1:9/a.png")
     assert work() == 3
     status, code, message = _failure(client, job_id)
@@ -262,7 +262,7 @@ def test_an_engine_out_of_memory_is_tried_once_more_in_small_tiles_and_then_fail
 def test_a_storage_that_was_away_for_a_while_costs_a_strike_and_no_job(
     client: TestClient, settings: Settings, work: Work, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upscale, "RETRY_SECONDS", 60.0)
+    monkeypatch.setattr(upscale, "FINISH_PATIENCE_SECONDS", 0.0)
     job_id = submit(client, upload(client, png(2, 2)))
     results = settings.storage_dir / "results"
     _run_one(settings, lambda _: results.write_bytes(b"no folder"))
@@ -278,7 +278,8 @@ def test_a_storage_that_was_away_for_a_while_costs_a_strike_and_no_job(
 def test_a_storage_that_stays_away_fails_the_job_by_that_name(
     client: TestClient, settings: Settings, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upscale, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(upscale, "LONGEST_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(upscale, "FINISH_PATIENCE_SECONDS", 0.0)
     job_id = submit(client, upload(client, png(2, 2)))
     (settings.storage_dir / "results").write_bytes(b"no folder")
     assert work() == 3

@@ -58,6 +58,7 @@ class Protocol:
     async def sweep(self, connection: AsyncConnection) -> None:
         await self.sweeper.bury(connection)
         await self.sweeper.sweep(connection)
+        await self.sweeper.purge()
 
 
 class NoFence(Protocol):
@@ -184,12 +185,14 @@ class NoStrayObjects(Protocol):
     """Only the object that the row names is deleted, and not what killed attempts left."""
 
     class _Sweeper(Sweeper):
-        async def purge(self, connection: AsyncConnection) -> None:
-            rows = (await connection.execute(text("SELECT id, result_key FROM jobs WHERE purge_at <= now()"))).all()
-            for job_id, key in rows:
-                if key is not None:
-                    await self._storage.delete(key)
-                await connection.execute(update(Job).where(Job.id == job_id).values(purge_at=None))
+        async def purge(self) -> int:
+            async with self._database.connection() as connection:
+                rows = (await connection.execute(text("SELECT id, result_key FROM jobs WHERE purge_at <= now()"))).all()
+                for job_id, key in rows:
+                    if key is not None:
+                        await self._storage.delete(key)
+                    await connection.execute(update(Job).where(Job.id == job_id).values(purge_at=None))
+            return len(rows)
 
     def _sweeper(self, settings: Settings, database: Database, *outside: Any) -> Sweeper:
         return self._Sweeper(settings, database, *outside)
