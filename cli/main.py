@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -140,7 +141,7 @@ def serve(host: str, port: int, folder: Path) -> None:
 
     exit_on_sigterm()
     configure_logging("WARNING")
-    with Stack(folder, host=host, port=port) as stack:
+    with Stack(folder, host=host, port=port) as stack, suppress(KeyboardInterrupt):
         click.echo(f"upscaled is up on {stack.url}, its API key is {stack.key}, its data is in {folder.resolve()}")
         click.echo("Ctrl-C stops it.")
         stack.wait()

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from cli.embedded import Postgres, Redis
 from cli.migrations import upgrade
@@ -94,20 +94,18 @@ class Stack:
     ) -> None:
         self._stack.close()
 
-    def wait(self) -> None:
-        """Return on Ctrl-C. Meanwhile a process that dies is started again, as it would be in production.
+    def wait(self) -> NoReturn:
+        """Wait for Ctrl-C. Meanwhile a process that dies is started again, as it would be in production.
 
         Raises:
+            KeyboardInterrupt: that was it.
             DeploymentError: one of them cannot run at all: it said so, or died again at once.
         """
-        try:
-            while True:
-                for name, process in list(self.processes.items()):
-                    if process.poll() is not None:
-                        self._restart(name)
-                time.sleep(0.5)
-        except KeyboardInterrupt:
-            return
+        while True:
+            for name, process in list(self.processes.items()):
+                if process.poll() is not None:
+                    self._restart(name)
+            time.sleep(0.5)
 
     def _restart(self, name: str) -> None:
         status, lived = self.processes[name].returncode, time.monotonic() - self._started[name][1]

@@ -49,14 +49,17 @@ class Listener:
         try:
             await self._pubsub.subscribe(self._channel)  # pyright: ignore[reportUnknownMemberType] - a repetition does no harm
             while (left := until - time.monotonic()) > 0:
-                heard: Any = self._pubsub.get_message(ignore_subscribe_messages=True, timeout=left)
-                if await heard is not None:
+                if await self._next(left):
                     return True
         except RedisError as error:
             logger.debug("not listening on %s: %s", self._channel, error)
             await self._pubsub.aclose()
             await anyio.sleep(max(0.0, until - time.monotonic()))
         return False
+
+    async def _next(self, seconds: float) -> bool:
+        pubsub: Any = self._pubsub  # whose types leave what a message is half unknown
+        return await pubsub.get_message(ignore_subscribe_messages=True, timeout=seconds) is not None
 
 
 @asynccontextmanager

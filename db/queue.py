@@ -88,6 +88,8 @@ async def submit(connection: AsyncConnection, job: NewJob, max_queued: int) -> S
         row = (await connection.execute(_SUBMIT, _values(job, max_queued))).one()
         if row.id is not None:
             return Submitted(row.id, JobStatus.QUEUED, replayed=False)
+        if row.admitted:  # but nothing was made: a repetition must not push back what the key submits next
+            await connection.execute(_GIVE_BACK, {"owner": job.api_key_id, "new_cost": job.options.cost})
         if job.idempotency_key is not None and job.fingerprint is not None:
             found = await find(connection, job.api_key_id, job.idempotency_key, job.fingerprint)
             if found is not None:
@@ -152,11 +154,10 @@ def _the(column: ColumnElement[Any]) -> Any:
 
 _COST = bindparam("new_cost", type_=Double)
 
-# The key's row is locked before it is read: submits that come together get one turn after the other.
+# One UPDATE and no lock taken before it: after waiting for a lock, an UPDATE in the same statement would still start
+# from the row as it was, and queue up behind those who wait for the lock: a deadlock.
 _TURN = (
-    select(
-        func.greatest(ApiKey.next_tag, select(QueueState.virtual_time).scalar_subquery(), processing_tag()).label("tag")
-    )
+    update(ApiKey)
     .where(
         ApiKey.id == bindparam("owner", type_=Uuid),
         # Not a count: the place that is one too many must not be taken, and looking for it stops there.
@@ -167,7 +168,11 @@ _TURN = (
         .correlate(ApiKey)
         .exists(),
     )
-    .with_for_update(key_share=True)
+    .values(
+        next_tag=func.greatest(ApiKey.next_tag, select(QueueState.virtual_time).scalar_subquery(), processing_tag())
+        + _COST / ApiKey.weight
+    )
+    .returning((ApiKey.next_tag - _COST / ApiKey.weight).label("tag"))
     .cte("turn")
 )
 
@@ -203,18 +208,15 @@ _NEW = (
     .cte("new")
 )
 
-# Only a new job moves its key's turn on: a repetition would push back what the key submits next.
-_MOVED = (
+_GIVE_BACK = (
     update(ApiKey)
-    .where(ApiKey.id == bindparam("owner", type_=Uuid), _the(_NEW.c.id).is_not(None))
-    .values(next_tag=_the(_TURN.c.tag) + _COST / ApiKey.weight)
-    .cte("moved")
+    .where(ApiKey.id == bindparam("owner", type_=Uuid))
+    .values(next_tag=ApiKey.next_tag - _COST / ApiKey.weight)
 )
 
 _SUBMIT = select(
     select(literal(1)).select_from(_TURN).exists().label("admitted"), select(_NEW.c.id).scalar_subquery().label("id")
 ).add_cte(
-    _MOVED,
     tally(select(literal("submitted"), bindparam("shard", type_=SmallInteger), literal(1)).select_from(_NEW)).cte(
         "tallied"
     ),

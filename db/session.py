@@ -13,7 +13,7 @@ from core.settings import Settings
 
 MESSAGE = "The database cannot be reached at the moment."
 
-_PASSING = ("08", "53", "57")
+_PASSING = ("08", "40", "53", "57")
 """Classes of SQLSTATE that time mends: lost connections, spent resources, a server that starts, stops or recovers."""
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -69,10 +70,21 @@ def run(
         names["narrow"] = asyncio.run(create_key(house.stack.settings, "narrow", NARROW))
         names["probe"] = asyncio.run(create_key(house.stack.settings, "probe", Limits(weight=100)))
         outcome = asyncio.run(_run(house, names, seed, seconds, apart, say))
+    outcome.verdict.complaints += _bugs(folder / "logs")
     leaked = [pid for pid in house.pids if psutil.pid_exists(pid)]
     if leaked:
         outcome.verdict.complaints.append(f"processes {leaked} outlived the service")
     return outcome
+
+
+def _bugs(logs: Path) -> list[str]:
+    """Return what the processes logged as errors of their own, each with the last line of its traceback."""
+    entry = re.compile(r"^\S+Z ERROR (?!celery\.)(.*(?:\n(?!\d{4}-).*)*)", re.MULTILINE)
+    return [
+        f"{file.name} met a bug: {' … '.join(dict.fromkeys(found.splitlines()[:: max(1, found.count(chr(10)))]))}"
+        for file in sorted(logs.glob("*.log"))
+        for found in entry.findall(file.read_text(errors="replace"))
+    ]
 
 
 async def _run(

@@ -13,8 +13,9 @@ import pytest
 from core.errors import IdempotencyKeyReused, LeaseLost, TooManyQueued
 from core.options import UpscaleOptions
 from core.settings import Settings
-from db import census, estimates, jobs, queue, workers
+from db import census, estimates, jobs, queue, uploads, workers
 from db.models import JobStatus
+from db.uploads import NewUpload
 from tests.queues import RESULT, Queue, open_queue
 
 pytestmark = pytest.mark.anyio
@@ -70,6 +71,20 @@ async def test_concurrent_claims_never_share_a_job(tested: Queue, owner: UUID) -
     claimed += await tested.drain()  # a claim may come back empty while others hold the locks
     assert len(claimed) == len(set(claimed))
     assert set(claimed) == submitted
+
+
+async def test_submits_of_one_key_that_come_together_never_lock_each_other_out(tested: Queue, owner: UUID) -> None:
+    async def submit_many() -> None:
+        for _ in range(40):
+            await tested.submit(owner)
+
+    async def upload_many() -> None:  # whose rows share a lock on the key's
+        for _ in range(40):
+            name = uuid4()
+            upload = NewUpload(id=name, api_key_id=owner, key=f"uploads/{name}.png", size_bytes=1)
+            await tested.do(uploads.record, upload, timedelta(hours=1))
+
+    await asyncio.gather(*(submit_many() for _ in range(6)), *(upload_many() for _ in range(4)))
 
 
 async def test_a_flood_of_one_key_does_not_delay_another(tested: Queue, owner: UUID) -> None:
