@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import Interval, and_, bindparam, case, func, literal, or_, select, tuple_, update
+from sqlalchemy import Interval, Uuid, bindparam, case, func, literal, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.orm import aliased
 
 from db.models import PROCESSING, QUEUED, ApiKey, Job, QueueState, Worker
 from db.queue import processing_tag
@@ -102,18 +101,24 @@ async def find_place(connection: AsyncConnection, job_id: UUID) -> Place | None:
 
     Limits of keys are not looked at: a job may be passed by others while its key has no place free.
     """
-    this = aliased(Job, name="this")
-    earlier = (
-        select(Job.cost)
-        .join(this, and_(this.id == job_id, this.status == QUEUED))
-        .where(Job.status == QUEUED, tuple_(Job.tag, Job.id) < tuple_(this.tag, this.id))
-        .limit(PLACES_COUNTED + 1)
-        .subquery()
-    )
-    waits = select(Job.id).where(Job.id == job_id, Job.status == QUEUED).exists()
-    counted = select(func.count(), func.coalesce(func.sum(earlier.c.cost), 0.0), waits).select_from(earlier)
-    jobs, cost, found = (await connection.execute(counted)).one()
+    jobs, cost, found = (await connection.execute(_PLACE, {"job_id": job_id})).one()
     return Place(jobs, cost) if found and jobs <= PLACES_COUNTED else None
+
+
+_THIS = bindparam("job_id", type_=Uuid)
+# A subquery and no join: its value is known before the index is read, and bounds how far.
+_TAG = select(Job.tag).where(Job.id == _THIS, Job.status == QUEUED).scalar_subquery()
+_EARLIER = (
+    select(Job.cost)
+    .where(Job.status == QUEUED, tuple_(Job.tag, Job.id) < tuple_(_TAG, _THIS))
+    .limit(PLACES_COUNTED + 1)
+    .subquery()
+)
+_PLACE = select(
+    func.count(),
+    func.coalesce(func.sum(_EARLIER.c.cost), 0.0),
+    select(Job.id).where(Job.id == _THIS, Job.status == QUEUED).exists(),
+).select_from(_EARLIER)
 
 
 async def cost_before(connection: AsyncConnection, api_key_id: UUID) -> float:
