@@ -126,12 +126,9 @@ async def _measure(stack: Stack, arguments: argparse.Namespace) -> None:
     print("| phase | small keys' jobs | wait p50, s | p95, s | longest, s |\n|---|---|---|---|---|")
     print(f"| without the flood | {calm} |\n| one key drops {arguments.flood} jobs | {flooded} |")
     ideal = ideal_p95(arguments.workers, arguments.load, flood=True), ideal_p95(arguments.workers, arguments.load)
-    print(
-        f"\np95 with the flood is {flooded.p95 / calm.p95:.2f} times that without. In a simulation of the same policy,"
-    )
-    print(
-        f"where nothing but jobs takes time, it is {ideal[0] / ideal[1]:.2f} times: {ideal[1]:.3f} and {ideal[0]:.3f} s."
-    )
+    print(f"\np95 with the flood is {flooded.p95 / calm.p95:.2f} times that without.")
+    print("In a simulation of the same policy, where nothing but jobs takes time,")
+    print(f"it is {ideal[0] / ideal[1]:.2f} times: {ideal[1]:.3f} and {ideal[0]:.3f} s.")
     print(f"The greedy key submitted {accepted or 'not all of its jobs'} in time and had {started} of them started.")
 
 
