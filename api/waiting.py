@@ -112,8 +112,8 @@ class Watch:
         while True:
             try:
                 await self._listen()
-            # RuntimeError: redis-py connects anew by itself when a subscription cannot be sent, and finds the other task
-            # reading from that connection already.
+            # RuntimeError: redis-py connects anew by itself when a subscription cannot be sent, and finds the other
+            # task reading from that connection already.
             except* (RedisError, OSError, RuntimeError) as errors:
                 level = logging.DEBUG if self._complained else logging.WARNING
                 logger.log(level, "notices cannot be heard, waiting takes longer: %s", errors.exceptions[0])
