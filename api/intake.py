@@ -16,7 +16,7 @@ import anyio.to_thread
 
 from core import storage as keys
 from core.errors import PayloadTooLarge, QueueFull, UrlNotAllowed, ValidationError
-from core.options import MAX_SEED, OutputFormat, UpscaleOptions
+from core.options import OutputFormat, UpscaleOptions
 from core.outbound import check_url
 from core.queue import Hints
 from core.settings import Settings
@@ -80,7 +80,7 @@ class ReceivedUpload:
 
 def draw_seed() -> int:
     """Return a seed for a caller who gave none; 32 bits, as everyone else draws them."""
-    return secrets.randbelow(min(2**32, MAX_SEED + 1))
+    return secrets.randbelow(2**32)
 
 
 class Intake:

@@ -114,6 +114,24 @@ class OutputTooLarge(RequestError):
     code = "output_too_large"
 
 
+class UnknownLora(RequestError):
+    """The prompt names a LoRA that is not installed."""
+
+    code = "unknown_lora"
+
+
+class SafetyCheckUnavailable(RequestError):
+    """The request demands a safety check, and no classifier is installed."""
+
+    code = "safety_check_unavailable"
+
+
+class ContentFlagged(RequestError):
+    """The safety check found sexual content in the finished picture."""
+
+    code = "content_flagged"
+
+
 class TransientError(UpscaledError):
     """Time can mend it: the same request may succeed later."""
 

@@ -23,11 +23,14 @@ from pydantic import (
 
 from api.intake import draw_seed
 from core.apiframe import timestamp
-from core.options import MAX_SEED, OutputFormat, UpscaleOptions
+from core.options import OutputFormat, UpscaleOptions
 from db.models import JobStatus, WebhookEvent
 
 MODEL = "clarity-upscale"
 PARAMS_FIELD = "clarityUpscaleParams"
+
+MAX_SEED = 2**53 - 1
+"""Largest seed accepted: the largest integer that every JSON parser reads exactly."""
 
 Timestamp = Annotated[datetime, PlainSerializer(timestamp, return_type=str)]
 

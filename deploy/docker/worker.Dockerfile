@@ -15,6 +15,7 @@ RUN python -m venv --without-pip /opt/upscaled && mkdir api cli core db migratio
 COPY constraints.txt pyproject.toml LICENSE README.md ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/upscaled/bin/python install --constraint constraints.txt '.[worker]' \
+    && pip --python /opt/upscaled/bin/python install --constraint constraints.txt --no-deps spandrel \
     && pip --python /opt/upscaled/bin/python uninstall --yes upscaled
 
 FROM base AS wheel
