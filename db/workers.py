@@ -1,13 +1,40 @@
 """Workers as the database knows them: they register, and then they beat."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqlalchemy import Double, Uuid, and_, bindparam, delete, func, insert, literal, or_, select, true, update
+from sqlalchemy import (
+    ARRAY,
+    Double,
+    Integer,
+    Uuid,
+    and_,
+    bindparam,
+    column,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from db.jobs import Attempt
 from db.models import PROCESSING, Job, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What has become of an attempt."""
+
+    owns: bool
+    """Whether it is still current."""
+    unwanted: bool
+    """Whether the caller has asked to cancel the job, or its deadline has passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +43,8 @@ class Heard:
 
     registered: bool
     """False: the worker was presumed dead and forgotten."""
-    owns: bool
-    """Whether the attempt is still current."""
-    unwanted: bool
-    """Whether the caller has asked to cancel the job, or its deadline has passed."""
+    fates: Sequence[Fate]
+    """One for each attempt, in their order."""
 
 
 async def register(connection: AsyncConnection, worker_id: UUID, name: str, engine: str) -> None:
@@ -33,17 +58,17 @@ async def unregister(connection: AsyncConnection, worker_id: UUID) -> None:
 
 
 async def beat(
-    connection: AsyncConnection, worker_id: UUID, seconds_per_cost: float | None, attempt: Attempt | None
+    connection: AsyncConnection, worker_id: UUID, seconds_per_cost: float | None, attempts: Sequence[Attempt]
 ) -> Heard:
-    """Say that the worker lives, and learn what has become of its attempt."""
+    """Say that the worker lives, and learn what has become of its attempts."""
     values = {
         "worker": worker_id,
         "speed": seconds_per_cost,
-        "job_id": attempt.job_id if attempt else None,
-        "number": attempt.number if attempt else None,
+        "job_ids": [attempt.job_id for attempt in attempts],
+        "numbers": [attempt.number for attempt in attempts],
     }
-    row = (await connection.execute(_BEAT, values)).one()
-    return Heard(row.registered, row.owns, bool(row.unwanted))
+    rows = (await connection.execute(_BEAT, values)).all()
+    return Heard(rows[0].registered, [Fate(row.owns, bool(row.unwanted)) for row in rows if row.place is not None])
 
 
 _ALIVE = (
@@ -54,14 +79,23 @@ _ALIVE = (
     .cte("alive")
 )
 
-_OWN = and_(
-    Job.id == bindparam("job_id", type_=Uuid),
-    Job.attempt == bindparam("number"),
-    Job.status == PROCESSING,
+_ATTEMPTS = (
+    func.unnest(bindparam("job_ids", type_=ARRAY(Uuid)), bindparam("numbers", type_=ARRAY(Integer)))
+    .table_valued(column("job_id", Uuid), column("number", Integer), with_ordinality="place")
+    .render_derived(name="attempts")
 )
 
-_BEAT = select(
-    select(literal(1)).select_from(_ALIVE).exists().label("registered"),
-    Job.id.is_not(None).label("owns"),
-    or_(Job.cancel_requested_at.is_not(None), func.coalesce(Job.deadline_at <= func.now(), False)).label("unwanted"),
-).select_from(select(literal(1)).subquery("one").outerjoin(Job, and_(true(), _OWN)))
+_OWN = and_(Job.id == _ATTEMPTS.c.job_id, Job.attempt == _ATTEMPTS.c.number, Job.status == PROCESSING)
+
+_BEAT = (
+    select(
+        select(literal(1)).select_from(_ALIVE).exists().label("registered"),
+        _ATTEMPTS.c.place,
+        Job.id.is_not(None).label("owns"),
+        or_(Job.cancel_requested_at.is_not(None), func.coalesce(Job.deadline_at <= func.now(), False)).label(
+            "unwanted"
+        ),
+    )
+    .select_from(select(literal(1)).subquery("one").outerjoin(_ATTEMPTS, true()).outerjoin(Job, _OWN))
+    .order_by(_ATTEMPTS.c.place)
+)

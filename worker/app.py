@@ -2,18 +2,18 @@
 
 import logging
 import time
+from dataclasses import fields
 from typing import Any
 
 from celery import Celery, bootsteps
 from celery.signals import worker_shutting_down
-from celery.worker import state
 
 from core import failpoints
 from core.errors import DatabaseUnavailable
 from core.queue import POOL, TASK, make_celery
 from core.settings import Settings
-from worker.upscale import Worker, open_worker
-from worker.upscaler import engines
+from worker.upscale import SafetyChecker, Worker, open_worker
+from worker.upscaler import engines, weights
 
 VAIN_SECONDS = 1.0
 """How long a worker waits before the next hint when the database is away."""
@@ -30,9 +30,11 @@ def run(settings: Settings) -> None:
     Raises:
         DeploymentError: the engine that the settings name cannot run here.
     """
-    engine = engines.load(settings.engine)
+    chosen = {field.name: getattr(settings, field.name) for field in fields(engines.Config)}
+    engine = engines.load(settings.engine, engines.Config(**chosen))
+    checker = _load_safety_checker(settings)
     logger.info("worker started with engine %s", engine.name)
-    with open_worker(settings, engine) as worker:
+    with open_worker(settings, engine, checker) as worker:
         celery = make_celery(settings)
         register(celery, worker)
 
@@ -49,6 +51,16 @@ def run(settings: Settings) -> None:
         )
 
 
+def _load_safety_checker(settings: Settings) -> SafetyChecker | None:
+    """Read it if it is installed; without it no worker needs PyTorch for this."""
+    folder = weights.safety_checker(settings.models_dir)
+    if folder is None:
+        return None
+    from worker.upscaler import components, safety
+
+    return safety.SafetyChecker.load(folder, components.choose_device(settings.device))
+
+
 def register(celery: Celery, worker: Worker) -> None:
     """Give the application its one task: to work until the queue is empty, or the process is told to stop.
 
@@ -59,8 +71,7 @@ def register(celery: Celery, worker: Worker) -> None:
     def work() -> None:
         failpoints.reach("after_pop")
         try:
-            while worker.run_next() and not should_stop():
-                pass
+            worker.work()
         except DatabaseUnavailable as error:
             logger.warning("hint spent in vain, the sweep will send another: %s", error)
             time.sleep(VAIN_SECONDS)  # or the hints that wait would all be spent in no time
@@ -84,8 +95,3 @@ class Attention(bootsteps.StartStopStep):
 
 def _look_up() -> None:
     """Do nothing: the loop goes round, that is all."""
-
-
-def should_stop() -> bool:
-    """Tell whether SIGTERM has asked this process to end."""
-    return state.should_stop is not None or state.should_terminate is not None

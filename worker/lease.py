@@ -28,15 +28,57 @@ LEARNING_RATE = 0.2
 logger = logging.getLogger(__name__)
 
 
-class Held:
-    """An attempt that this worker runs. The engine's thread asks it, the event loop tells it."""
+class Watchdog:
+    """Ends the process when something that was begun makes no step for too long.
 
-    def __init__(self, attempt: Attempt, lease: "Lease", stall_seconds: float) -> None:
+    A computation that hangs can be ended by nothing less. The lease runs out then, and the job goes elsewhere with a
+    strike. The timer is not a Python thread, so not even a call that never gives back the interpreter's lock can hold
+    it up; there is one of it in a process, set to whatever is due first.
+    """
+
+    def __init__(self, stall_seconds: float) -> None:
+        self._stall_seconds = stall_seconds
+        self._due_at: dict[object, float] = {}
+        self._lock = threading.Lock()
+
+    def expect(self, who: object) -> None:
+        """Begin to wait for a step of `who`, anew if need be."""
+        with self._lock:
+            self._due_at[who] = time.monotonic() + self._stall_seconds
+            self._set()
+
+    def step(self, who: object) -> None:
+        """Note that `who`, if waited for, has got on."""
+        now = time.monotonic()
+        with self._lock:
+            due_at = self._due_at.get(who)
+            if due_at is not None and now + self._stall_seconds - due_at >= REARM_SECONDS:
+                self._due_at[who] = now + self._stall_seconds
+                self._set()
+
+    def forget(self, who: object) -> None:
+        """Wait for `who` no longer."""
+        with self._lock:
+            self._due_at.pop(who, None)
+            self._set()
+
+    def _set(self) -> None:
+        if not self._due_at:
+            faulthandler.cancel_dump_traceback_later()
+            return
+        assert sys.__stderr__ is not None
+        left = max(min(self._due_at.values()) - time.monotonic(), 0.001)
+        faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
+
+
+class Held:
+    """An attempt that this worker runs. The threads that work on it ask it, the event loop tells it."""
+
+    def __init__(self, attempt: Attempt, lease: "Lease", watchdog: Watchdog) -> None:
         self.attempt = attempt
         self._lease = lease
-        self._stall_seconds = stall_seconds
+        self._watchdog = watchdog
         self._stop = threading.Event()
-        self._armed_at = 0.0
 
     def stop(self) -> None:
         """Ask the engine to give up at its next step."""
@@ -48,28 +90,17 @@ class Held:
         return self._stop.is_set() or self._lease.drained
 
     def move(self) -> None:
-        """Say that the engine got a step further."""
-        if self._armed_at and time.monotonic() - self._armed_at >= REARM_SECONDS:
-            self._arm()
+        """Say that the work got a step further."""
+        self._watchdog.step(self)
 
     @contextmanager
     def watched(self) -> Generator[None]:
-        """End the process when no step is done for too long: a computation that hangs can be ended by nothing less.
-
-        The lease runs out then, and the job goes elsewhere with a strike. The timer is not a Python thread, so not even
-        a call that never gives back the interpreter's lock can hold it up.
-        """
-        self._arm()
+        """Let the watchdog wait for the attempt's steps."""
+        self._watchdog.expect(self)
         try:
             yield
         finally:
-            self._armed_at = 0.0
-            faulthandler.cancel_dump_traceback_later()
-
-    def _arm(self) -> None:
-        self._armed_at = time.monotonic()
-        assert sys.__stderr__ is not None
-        faulthandler.dump_traceback_later(self._stall_seconds, exit=True, file=sys.__stderr__)
+            self._watchdog.forget(self)
 
 
 class Lease:
@@ -84,9 +115,15 @@ class Lease:
         self._engine = engine
         self._registered = False
         self._registering = anyio.Lock()
-        self._held: Held | None = None
+        self._held: set[Held] = set()
+        self._watchdog = Watchdog(settings.stall_seconds)
         self._seconds_per_cost: float | None = None
         self._drain_until: float | None = None
+
+    @property
+    def draining(self) -> bool:
+        """Whether the process was told to end."""
+        return self._drain_until is not None
 
     @property
     def drained(self) -> bool:
@@ -95,17 +132,18 @@ class Lease:
 
     def drain(self) -> None:
         """Begin to end: the job that runs may go on for a while."""
-        if self._drain_until is None:
+        if not self.draining:
             self._drain_until = time.monotonic() + self._settings.drain_seconds
 
-    @contextmanager
-    def hold(self, attempt: Attempt) -> Generator[Held]:
-        """Watch over an attempt while it runs."""
-        self._held = Held(attempt, self, self._settings.stall_seconds)
-        try:
-            yield self._held
-        finally:
-            self._held = None
+    def hold(self, attempt: Attempt) -> Held:
+        """Watch over an attempt until it is released; a worker may hold several."""
+        held = Held(attempt, self, self._watchdog)
+        self._held.add(held)
+        return held
+
+    def release(self, held: Held) -> None:
+        """Watch over an attempt no longer: it has ended."""
+        self._held.discard(held)
 
     def learn(self, cost: float, seconds: float) -> None:
         """Take the time that a finished job took into the estimate that beats carry."""
@@ -169,12 +207,14 @@ class Lease:
                 await anyio.sleep(min(1.0, self._settings.beat_seconds))
 
     async def beat(self) -> None:
-        """Say that the worker lives; stop its attempt should it be lost or unwanted."""
-        held, worker_id = self._held, self.id
+        """Say that the worker lives; stop those of its attempts that are lost or unwanted."""
+        holding, worker_id = list(self._held), self.id
+        attempts = [held.attempt for held in holding]
         async with self._database.connection() as connection:
-            known = await workers.beat(connection, worker_id, self._seconds_per_cost, held and held.attempt)
-        if not known.registered and worker_id == self.id:
+            heard = await workers.beat(connection, worker_id, self._seconds_per_cost, attempts)
+        if not heard.registered and worker_id == self.id:
             logger.warning("presumed dead by others: registering again")
             self.forsake()
-        if held is not None and (known.unwanted or not known.owns):
-            held.stop()
+        for held, fate in zip(holding, heard.fates, strict=True):
+            if fate.unwanted or not fate.owns:
+                held.stop()

@@ -1,69 +1,64 @@
-"""One job at a time: claim → read → upscale → write → complete."""
+"""From a claim to its end: claim → read → upscale → write → complete, one job on the engine at a time.
+
+While the engine works on a job, the one before is written and the one after is read.
+"""
 
 import hashlib
 import logging
 import os
-import random
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
-from uuid import UUID
+from typing import Protocol, TypeVar, TypeVarTuple
 
 import anyio
-from anyio.abc import TaskGroup
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
-from core import failpoints, notices, progress
+from core import failpoints, progress
 from core.errors import (
+    ContentFlagged,
     DatabaseUnavailable,
     InputFetchFailed,
     LeaseLost,
     NotFound,
     OutOfMemory,
+    SafetyCheckUnavailable,
     Stopped,
-    StorageUnavailable,
     TransientError,
     UpscaledError,
 )
-from core.options import UpscaleOptions
+from core.options import SafetyCheck, UpscaleOptions
 from core.outbound import Outbound
 from core.queue import Hints
 from core.settings import Settings
-from core.storage import Storage, open_storage, result_key
-from db import jobs, queue
+from core.storage import Storage, open_storage
+from db import queue
 from db.jobs import Attempt, Result
-from db.models import JobStatus
 from db.session import Database
+from worker.endings import Endings
 from worker.lease import Held, Lease
 from worker.upscaler import images
-from worker.upscaler.engine import Engine
+from worker.upscaler.engine import Engine, Levels, Picture
 from worker.upscaler.plan import check_output
 
 EMPTY_CLAIM_PAUSE_SECONDS = 0.005
 """A claim comes back empty when every queued row is locked by others: it is asked once more after this pause."""
 
-FINISH_PATIENCE_SECONDS = 60.0
-"""How long a finished attempt waits for a storage or a database that is away: the work is done, and worth keeping."""
+AHEAD_SECONDS = 0.5
+"""How long before the engine is free, by its own progress, the next job is claimed and read."""
 
-FINISH_RETRY_SECONDS = 1.0
 PROGRESS_INTERVAL_SECONDS = 0.2
 PROGRESS_EVENT_INTERVAL_SECONDS = 1.0
 """How often the webhook of a job is told of its progress at most."""
 
-RETRY_GROWTH = 5.0
-"""How much longer a job waits after each further passing fault, give or take a fifth."""
-
-LONGEST_RETRY_SECONDS = 300.0
-
 Value = TypeVar("Value")
+Arguments = TypeVarTuple("Arguments")
 
 logger = logging.getLogger(__name__)
 
@@ -76,20 +71,66 @@ class _Parts:
     storage: Storage
     outbound: Outbound
     redis: Redis
-    hints: Hints
     lease: Lease
-    tasks: TaskGroup
-    """For what nobody waits for."""
+    endings: Endings
+
+
+class SafetyChecker(Protocol):
+    """What looks for sexual content in a picture."""
+
+    def flags(self, rgb: Levels) -> bool:
+        """Tell whether there is some."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """An attempt that waits for the engine."""
+
+    held: Held
+    options: UpscaleOptions
+    picture: Picture
+    claimed_at: float
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other job may be in the worker's hands meanwhile."""
+        return self.held.attempt.strikes > 0
+
+
+class _Coming:
+    """The job that comes next, if it has been asked for."""
+
+    def __init__(self, pool: ThreadPoolExecutor, prepare: Callable[[], _Ready | None], *, begins: bool) -> None:
+        self._pool = pool
+        self._prepare = prepare
+        self._may_begin = begins
+        self._future: Future[_Ready | None] | None = None
+
+    def begin(self) -> None:
+        """Begin to prepare it, unless that has begun or may not begin."""
+        if self._may_begin:
+            self._may_begin = False
+            self._future = self._pool.submit(self._prepare)
+
+    def result(self) -> _Ready | None:
+        """Wait for it; None when there is none."""
+        return self._future and self._future.result()
+
+
+def _await(future: Future[object] | None) -> None:
+    if future is not None:
+        future.result()
 
 
 @contextmanager
-def open_worker(settings: Settings, engine: Engine) -> Generator["Worker"]:
+def open_worker(settings: Settings, engine: Engine, safety_checker: SafetyChecker | None = None) -> Generator["Worker"]:
     """Start an event loop in a thread, connect there, and lend a Worker that reaches it through one portal."""
     with (
         start_blocking_portal(backend_options={"use_uvloop": sys.platform != "win32"}) as portal,
         portal.wrap_async_context_manager(_open_parts(settings, engine.name)) as parts,
     ):
-        yield Worker(settings, engine, portal, parts)
+        yield Worker(settings, engine, safety_checker, portal, parts)
 
 
 @asynccontextmanager
@@ -98,7 +139,9 @@ async def _open_parts(settings: Settings, engine: str) -> AsyncGenerator[_Parts]
     lease = Lease(settings, database, redis, f"{socket.gethostname()}:{os.getpid()}", engine)
     try:
         async with Outbound(settings.outbound_allow) as outbound, lease.open(), anyio.create_task_group() as tasks:
-            yield _Parts(database, open_storage(settings), outbound, redis, hints, lease, tasks)
+            storage = open_storage(settings)
+            endings = Endings(settings, database, storage, redis, hints, lease, tasks)
+            yield _Parts(database, storage, outbound, redis, lease, endings)
     finally:
         hints.close()
         await redis.aclose()
@@ -108,48 +151,89 @@ async def _open_parts(settings: Settings, engine: str) -> AsyncGenerator[_Parts]
 class Worker:
     """Runs jobs with one engine, in the thread that calls it."""
 
-    def __init__(self, settings: Settings, engine: Engine, portal: BlockingPortal, parts: _Parts) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        safety_checker: SafetyChecker | None,
+        portal: BlockingPortal,
+        parts: _Parts,
+    ) -> None:
         self._settings = settings
         self._engine = engine
         self._portal = portal
         self._parts = parts
         self._lease = parts.lease
+        self._safety_checker = safety_checker
+        self._claimed = 0
+        self._free_at = 0.0
+        """When the engine had last done its work."""
 
     def drain(self) -> None:
         """Begin to end: a job that runs is finished if it can be within the settings' time, and handed back if not."""
         self._lease.drain()
 
-    def run_next(self) -> bool:
-        """Claim the next job and carry it to its end; return whether there was one.
+    def work(self) -> int:
+        """Run jobs until none is left to claim, or the worker is to end; return how many were claimed.
 
         Whatever is wrong with a job ends that job. What could not be ended, because the database was away, is left to
-        the sweep.
+        the sweep. A job that was lost before runs alone: if it is one that takes its worker with it, it must not do
+        so to its neighbours again and again.
         """
-        attempt = self._portal.call(self._claim)
-        if attempt is None:
-            return False
-        failpoints.reach("after_claim")
+        before = self._claimed
+        with ThreadPoolExecutor(1, "ahead") as ahead, ThreadPoolExecutor(1, "behind") as behind:
+            writing: Future[object] | None = None
+            ready = self._prepare()
+            while ready is not None:
+                if ready.alone:
+                    _await(writing)
+                coming = _Coming(ahead, self._prepare, begins=not ready.alone)
+                upscaled = self._stage(ready.held, self._upscale, ready, coming.begin)
+                _await(writing)
+                writing = None if upscaled is None else behind.submit(self._write, ready, upscaled)
+                ready = coming.result() or self._prepare()
+                if ready is None:  # what is being written may hold the last place of its key
+                    _await(writing)
+                    ready = self._prepare()
+        return self._claimed - before
+
+    def _prepare(self) -> _Ready | None:
+        """Claim jobs until one can be read; None when there is none, or the worker is to end."""
+        while not self._lease.draining and (attempt := self._portal.call(self._claim)) is not None:
+            self._claimed += 1
+            failpoints.reach("after_claim")
+            held = self._lease.hold(attempt)
+            if (ready := self._stage(held, self._read_picture, held)) is not None:
+                return ready
+        return None
+
+    def _stage(self, held: Held, act: Callable[[*Arguments], Value | None], *arguments: *Arguments) -> Value | None:
+        """Carry an attempt a stage further; None when it has ended by that, well or badly."""
+        result = None
         try:
-            with self._lease.hold(attempt) as held:
-                self._run(held)
+            result = self._carry(held, act, *arguments)
         except DatabaseUnavailable as error:
-            logger.warning("job %s attempt %d: left behind, %s", attempt.job_id, attempt.number, error)
+            logger.warning("job %s attempt %d: left behind, %s", held.attempt.job_id, held.attempt.number, error)
             self._lease.forsake()
         except BaseException:
             self._lease.forsake()  # whatever it is, the job must not stay with a worker that has forgotten it
             raise
-        return True
+        finally:
+            if result is None:
+                self._lease.release(held)
+        return result
 
-    def _run(self, held: Held) -> None:
-        attempt, began = held.attempt, time.monotonic()
+    def _carry(self, held: Held, act: Callable[[*Arguments], Value | None], *arguments: *Arguments) -> Value | None:
+        """Run `act` for an attempt, and end the attempt by what it raises."""
+        attempt = held.attempt
         try:
-            result = self._upscale(held)
+            return act(*arguments)
         except LeaseLost as error:
             logger.info("job %s attempt %d: dropped, %s", attempt.job_id, attempt.number, error)
-            return
+            return None
         except Stopped as error:
-            self._hand_back(attempt, None, str(error))
-            return
+            self._portal.call(self._parts.endings.hand_back, attempt, None, str(error))
+            return None
         except DatabaseUnavailable:
             raise
         except MemoryError as error:
@@ -160,27 +244,44 @@ class Worker:
             # The boundary of a job: a bug met by one job must end that job, and not the worker or the jobs behind it.
             logger.exception("job %s attempt %d: bug", attempt.job_id, attempt.number)
             failure = UpscaledError("Something went wrong on our side.")
-        else:
-            seconds = time.monotonic() - began
-            self._lease.learn(attempt.cost, seconds)
-            logger.info(
-                "job %s attempt %d: completed, %dx%d by %s in %.2f s",
-                *(attempt.job_id, attempt.number, result.width, result.height, result.engine, seconds),
-            )
-            return
         if isinstance(failure, TransientError) and not (isinstance(failure, OutOfMemory) and _is_reduced(attempt)):
-            self._hand_back(attempt, failure, f"{failure.code}: {failure}")
+            self._portal.call(self._parts.endings.hand_back, attempt, failure, f"{failure.code}: {failure}")
         else:
-            self._fail(attempt, failure)
+            self._portal.call(self._parts.endings.fail, attempt, failure)
+        return None
 
-    def _upscale(self, held: Held) -> Result:
-        attempt, limit = held.attempt, self._settings.max_output_pixels
-        options = UpscaleOptions.model_validate(attempt.options)
-        source = self._portal.call(self._read, attempt)
+    def _read_picture(self, held: Held) -> _Ready:
+        claimed_at, limit = time.monotonic(), self._settings.max_output_pixels
+        options = UpscaleOptions.model_validate(held.attempt.options)
+        if options.safety_check is SafetyCheck.REQUIRED and self._safety_checker is None:
+            raise SafetyCheckUnavailable("A safety check is asked for, and this deployment has no classifier for it.")
+        source = self._portal.call(self._read, held.attempt)
         with held.watched():
             picture = images.decode(source, limit)
             check_output(picture.width, picture.height, options, limit)
-            upscaled = self._engine.upscale(picture, options, self._reporter(held), held.should_stop)
+        return _Ready(held, options, picture, claimed_at)
+
+    def _upscale(self, ready: _Ready, look_ahead: Callable[[], object]) -> Picture:
+        held, options = ready.held, ready.options
+        if self._lease.draining and self._free_at > ready.claimed_at:
+            raise Stopped("The worker is about to end.")  # it was read ahead: another worker begins it sooner
+        with held.watched():
+            reporter = self._reporter(held, look_ahead)
+            upscaled = self._engine.upscale(ready.picture, options, reporter, held.should_stop)
+            if options.safety_check is not SafetyCheck.OFF and self._safety_checker is not None:
+                held.move()
+                if self._safety_checker.flags(upscaled.rgb):
+                    raise ContentFlagged("The safety check found sexual content in the upscaled picture.")
+        began, self._free_at = max(ready.claimed_at, self._free_at), time.monotonic()
+        self._lease.learn(held.attempt.cost, self._free_at - began)
+        return upscaled
+
+    def _write(self, ready: _Ready, upscaled: Picture) -> None:
+        self._stage(ready.held, self._write_picture, ready, upscaled)
+
+    def _write_picture(self, ready: _Ready, upscaled: Picture) -> None:
+        attempt, options = ready.held.attempt, ready.options
+        with ready.held.watched():
             data = images.encode(upscaled, options.output_format, options.output_quality)
         result = Result(
             engine=self._engine.name,
@@ -191,14 +292,18 @@ class Worker:
             sha256=hashlib.sha256(data).hexdigest(),
             seed=options.seed,
         )
-        self._portal.call(self._keep, attempt, data, result)
-        return result
+        self._portal.call(self._parts.endings.keep, attempt, data, result)
+        logger.info(
+            "job %s attempt %d: completed, %dx%d by %s in %.2f s",
+            *(attempt.job_id, attempt.number, result.width, result.height, result.engine),
+            time.monotonic() - ready.claimed_at,
+        )
 
     async def _claim(self) -> Attempt | None:
         for pause in (0.0, EMPTY_CLAIM_PAUSE_SECONDS):
             await anyio.sleep(pause)
             if (attempt := await self._claim_once()) is not None:
-                self._announce_soon(attempt.job_id)
+                self._parts.endings.announce_soon(attempt.job_id)
                 return attempt
         return None
 
@@ -227,95 +332,20 @@ class Worker:
         except NotFound as error:
             raise InputFetchFailed("The uploaded image is gone.") from error
 
-    async def _keep(self, attempt: Attempt, data: bytes, result: Result) -> None:
-        """Write the object under the attempt's own key, then complete the job with it, or take it away again."""
-        key = result_key(attempt.job_id, attempt.number, result.format)
-        await self._write(key, data)
-        failpoints.reach("after_upload")
-        ttl = timedelta(seconds=self._settings.result_ttl_seconds)
-        try:
-            await self._finish(attempt, lambda connection: jobs.complete(connection, attempt, result, key, ttl))
-        except (LeaseLost, Stopped):
-            await self._parts.storage.delete(key)
-            raise
-        failpoints.reach("after_commit")
+    def _reporter(self, held: Held, look_ahead: Callable[[], object]) -> Callable[[float], None]:
+        """Return the engine's on_progress: it never waits, and drops what comes too fast to be seen.
 
-    async def _write(self, key: str, data: bytes) -> None:
-        """Store the finished picture, waiting for a storage that is away."""
-        give_up_at = time.monotonic() + FINISH_PATIENCE_SECONDS
-        while True:
-            try:
-                return await self._parts.storage.write(key, data)
-            except StorageUnavailable as error:
-                if time.monotonic() > give_up_at or self._lease.drained:
-                    raise
-                logger.warning("%s: %s", key, error)
-                await anyio.sleep(FINISH_RETRY_SECONDS)
-
-    def _fail(self, attempt: Attempt, error: UpscaledError) -> None:
-        logger.info("job %s attempt %d: failed, %s: %s", attempt.job_id, attempt.number, error.code, error)
-
-        async def change(connection: AsyncConnection) -> None:
-            await jobs.fail(connection, attempt, error)
-
-        try:
-            self._portal.call(self._finish, attempt, change)
-        except LeaseLost as lost:
-            logger.info("job %s attempt %d: dropped, %s", attempt.job_id, attempt.number, lost)
-
-    def _hand_back(self, attempt: Attempt, fault: UpscaledError | None, why: str) -> None:
-        """Let the job be claimed again: at once after a drain, after a pause when something has to pass."""
-        reduce = isinstance(fault, OutOfMemory)
-        pause = min(self._settings.retry_seconds * RETRY_GROWTH**attempt.strikes, LONGEST_RETRY_SECONDS)
-        wait = 0.0 if fault is None or reduce else pause * random.uniform(0.8, 1.2)  # noqa: S311
-
-        async def change(connection: AsyncConnection) -> JobStatus:
-            strikes, due_in = self._settings.max_strikes, timedelta(seconds=wait)
-            return await jobs.hand_back(connection, attempt, strikes, fault=fault, pause=due_in, small_tiles=reduce)
-
-        try:
-            status = self._portal.call(self._finish, attempt, change)
-        except LeaseLost as lost:
-            logger.info("job %s attempt %d: dropped, %s", attempt.job_id, attempt.number, lost)
-            return
-        logger.info("job %s attempt %d: handed back, now %s, %s", attempt.job_id, attempt.number, status, why)
-        if status is JobStatus.QUEUED and not wait:
-            self._parts.hints.send()  # this worker may be about to end: another one is to begin at once
-
-    async def _finish(self, attempt: Attempt, change: Callable[[AsyncConnection], Awaitable[Value]]) -> Value:
-        """Change the attempt's state, waiting for a database that is away, and tell who waits for that."""
-        give_up_at = time.monotonic() + FINISH_PATIENCE_SECONDS
-        while True:
-            try:
-                async with self._parts.database.connection() as connection:
-                    changed = await change(connection)
-            except DatabaseUnavailable:
-                if time.monotonic() > give_up_at:
-                    raise
-                await anyio.sleep(FINISH_RETRY_SECONDS)
-            else:
-                self._announce_soon(attempt.job_id)
-                return changed
-
-    def _announce_soon(self, job_id: UUID) -> None:
-        self._parts.tasks.start_soon(self._announce, job_id)
-
-    async def _announce(self, job_id: UUID) -> None:
-        try:
-            await notices.announce(self._parts.redis, notices.job_channel(job_id))
-        except Exception:
-            # It would end all that runs beside it, for a notice that nothing depends on.
-            logger.exception("job %s: bug while announcing", job_id)
-
-    def _reporter(self, held: Held) -> Callable[[float], None]:
-        """Return the engine's on_progress: it never waits, and drops what comes too fast to be seen."""
-        shown_at = event_at = time.monotonic()
+        When the job is nearly done it lets the next one be claimed; sooner, and another worker could begin it first.
+        """
+        began = shown_at = event_at = time.monotonic()
 
         def report(fraction: float) -> None:
             nonlocal shown_at, event_at
             held.move()
             failpoints.reach("mid_step")
             now = time.monotonic()
+            if fraction >= 0.5 and (now - began) * (1 - fraction) <= AHEAD_SECONDS * fraction:
+                look_ahead()
             if now - shown_at < PROGRESS_INTERVAL_SECONDS:
                 return
             shown_at = now

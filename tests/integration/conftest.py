@@ -39,6 +39,6 @@ def work(settings: Settings) -> Callable[[], int]:
 
     def run() -> int:
         with open_worker(settings, engines.load("lanczos")) as worker:
-            return sum(1 for _ in iter(worker.run_next, False))
+            return worker.work()
 
     return run

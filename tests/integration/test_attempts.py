@@ -187,9 +187,8 @@ async def test_a_claim_and_a_beat_both_keep_a_worker_alive(queue: Queue, owner: 
     attempt = await queue.take(worker_id)
     assert await _bury(queue) == []
     await _die(sql_async, worker_id)
-    assert await queue.do(workers.beat, worker_id, 2.5, attempt) == workers.Heard(
-        registered=True, owns=True, unwanted=False
-    )
+    fates = [workers.Fate(owns=True, unwanted=False)]
+    assert await queue.do(workers.beat, worker_id, 2.5, [attempt]) == workers.Heard(registered=True, fates=fates)
     assert await _bury(queue) == []
     (row,) = await sql_async("SELECT seconds_per_cost FROM workers")
     assert row["seconds_per_cost"] == 2.5
@@ -212,11 +211,12 @@ async def test_a_beat_tells_whether_the_attempt_is_current_and_wanted(
     attempt = await queue.take(worker_id)
 
     async def hear(by: UUID) -> tuple[bool, bool, bool]:
-        heard = await queue.do(workers.beat, by, None, attempt)
-        return heard.registered, heard.owns, heard.unwanted
+        heard = await queue.do(workers.beat, by, None, [attempt])
+        (fate,) = heard.fates
+        return heard.registered, fate.owns, fate.unwanted
 
     assert await hear(worker_id) == (True, True, False)
-    assert (await queue.do(workers.beat, worker_id, None, None)).registered
+    assert await queue.do(workers.beat, worker_id, None, []) == workers.Heard(registered=True, fates=[])
     await sql_async("UPDATE jobs SET deadline_at = now() - interval '1 second'")
     assert await hear(worker_id) == (True, True, True)
     await sql_async("UPDATE jobs SET deadline_at = NULL")

@@ -68,7 +68,7 @@ def test_a_running_job_stops_at_its_next_step(client: TestClient, settings: Sett
     job_id = submit(client, upload(client, png(2, 2)))
     engine = _UntilStopped()
     with open_worker(settings, engine) as worker:
-        running = threading.Thread(target=worker.run_next)
+        running = threading.Thread(target=worker.work)
         running.start()
         assert engine.begun.wait(5)
         began = time.monotonic()
@@ -123,7 +123,7 @@ def test_a_deadline_that_has_not_passed_changes_nothing(client: TestClient, work
 def test_a_deadline_that_passes_while_the_job_runs_stops_it(client: TestClient, settings: Settings) -> None:
     answer = client.post("/v2/images/upscale", json=body_of(upload(client, png(2, 2))), headers={"Cancel-After": "1s"})
     with open_worker(settings.model_copy(update={"lease_seconds": 2}), _UntilStopped()) as worker:
-        assert worker.run_next()
+        assert worker.work()
     job = client.get(f"/v2/jobs/{answer.json()['jobId']}").json()
     assert (job["status"], job["errorCode"]) == ("CANCELLED", "deadline_exceeded")
 

@@ -74,7 +74,7 @@ async def test_a_measurement_counts_what_waits_and_who_works(queue: Queue, owner
     assert (state.fresh, state.queued, state.queued_cost, state.workers) == (True, 2, 5, 0)
     assert state.seconds(5) is None
     for speed in (0.5, 2.0, None):  # 2 and 0.5 a second; of the third as much as of the others is expected
-        await queue.do(workers.beat, await queue.register(), speed, None)
+        await queue.do(workers.beat, await queue.register(), speed, [])
     await queue.do(estimates.measure, LEASE)
     state = await queue.do(estimates.read_state)
     assert (state.workers, state.cost_per_second) == (3, 3.75)
@@ -85,7 +85,7 @@ async def test_a_measurement_counts_what_waits_and_who_works(queue: Queue, owner
 
 
 async def test_an_old_measurement_foretells_nothing(queue: Queue, sql_async: Any) -> None:
-    await queue.do(workers.beat, await queue.register(), 1.0, None)
+    await queue.do(workers.beat, await queue.register(), 1.0, [])
     await queue.do(estimates.measure, LEASE)
     await sql_async("UPDATE queue_state SET measured_at = now() - interval '31 seconds'")
     state = await queue.do(estimates.read_state)

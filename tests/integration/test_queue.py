@@ -311,7 +311,7 @@ async def test_what_is_asked_every_moment_reads_no_job_that_is_over(
         place = await busy.submit(owner)
         await busy.do(estimates.find_place, place)
         attempt = await busy.take()
-        await busy.do(workers.beat, uuid4(), None, attempt)
+        await busy.do(workers.beat, uuid4(), None, [attempt])
         await busy.do(jobs.complete, attempt, RESULT, "k", HOUR)
         await busy.do(queue.free_idempotency_keys)
     await anyio.sleep(0.5)  # a connection that ends tells what it read

@@ -23,7 +23,7 @@ from core.settings import Settings
 from tests.broker import connect_redis
 from tests.requests import body_of, encoded, png, submit, upload
 from tests.web import Web
-from worker import upscale
+from worker import endings, upscale
 from worker.upscale import open_worker
 from worker.upscaler import engines
 from worker.upscaler.engine import Picture
@@ -84,7 +84,7 @@ def test_an_image_url_that_answers_404_fails_the_job(client: TestClient, work: W
 def test_an_image_url_that_nobody_answers_fails_the_job_at_the_third_attempt(
     client: TestClient, work: Work, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upscale, "LONGEST_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(endings, "LONGEST_RETRY_SECONDS", 0.0)
     job_id = submit(client, "http://127.0.0.1:9/a.png")
     assert work() == 3
     status, code, message = _failure(client, job_id)
@@ -208,12 +208,12 @@ class _Engine:
         return picture
 
 
-def _run_one(settings: Settings, act: Callable[[Callable[[], bool]], object]) -> UpscaleOptions:
-    """Run one job; return what the engine was told."""
+def _run(settings: Settings, act: Callable[[Callable[[], bool]], object]) -> list[UpscaleOptions]:
+    """Run what is queued; return what the engine was told, each time."""
     engine = _Engine(act)
     with open_worker(settings, engine) as worker:
-        assert worker.run_next()
-    return engine.options[0]
+        assert worker.work()
+    return engine.options
 
 
 def _obey(should_stop: Callable[[], bool]) -> None:
@@ -230,7 +230,7 @@ def test_a_bug_in_the_engine_fails_its_job_without_telling_how(client: TestClien
     def explode(_: object) -> None:
         raise ZeroDivisionError("an internal detail")
 
-    _run_one(settings, explode)
+    _run(settings, explode)
     assert _failure(client, job_id) == ("FAILED", "internal", "Something went wrong on our side.")
 
 
@@ -252,9 +252,7 @@ def test_an_engine_out_of_memory_is_tried_once_more_in_small_tiles_and_then_fail
     def swell(_: object) -> None:
         raise MemoryError
 
-    assert not _run_one(settings, swell).small_tiles
-    assert _finished(client, job_id)["status"] == "QUEUED"
-    assert _run_one(settings, swell).small_tiles
+    assert [options.small_tiles for options in _run(settings, swell)] == [False, True]
     assert _failure(client, job_id)[:2] == ("FAILED", "out_of_memory")
     assert sql("SELECT attempt, strikes FROM jobs") == [(2, 1)]
 
@@ -262,10 +260,10 @@ def test_an_engine_out_of_memory_is_tried_once_more_in_small_tiles_and_then_fail
 def test_a_storage_that_was_away_for_a_while_costs_a_strike_and_no_job(
     client: TestClient, settings: Settings, work: Work, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upscale, "FINISH_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(endings, "FINISH_PATIENCE_SECONDS", 0.0)
     job_id = submit(client, upload(client, png(2, 2)))
     results = settings.storage_dir / "results"
-    _run_one(settings, lambda _: results.write_bytes(b"no folder"))
+    _run(settings, lambda _: results.write_bytes(b"no folder"))
     assert _finished(client, job_id)["status"] == "QUEUED"
     results.unlink()
     assert work() == 0
@@ -278,8 +276,8 @@ def test_a_storage_that_was_away_for_a_while_costs_a_strike_and_no_job(
 def test_a_storage_that_stays_away_fails_the_job_by_that_name(
     client: TestClient, settings: Settings, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upscale, "LONGEST_RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(upscale, "FINISH_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(endings, "LONGEST_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(endings, "FINISH_PATIENCE_SECONDS", 0.0)
     job_id = submit(client, upload(client, png(2, 2)))
     (settings.storage_dir / "results").write_bytes(b"no folder")
     assert work() == 3
@@ -288,7 +286,7 @@ def test_a_storage_that_stays_away_fails_the_job_by_that_name(
 
 def test_an_attempt_that_lost_its_job_leaves_nothing_behind(client: TestClient, settings: Settings, sql: Sql) -> None:
     job_id = submit(client, upload(client, png(2, 2)))
-    _run_one(settings, lambda _: sql("UPDATE jobs SET attempt = 2"))
+    _run(settings, lambda _: sql("UPDATE jobs SET attempt = 2"))
     assert list((settings.storage_dir / "results").iterdir()) == []
     assert _finished(client, job_id)["status"] == "PROCESSING"
 
@@ -302,7 +300,7 @@ def test_a_zombie_deletes_its_own_object_and_not_that_of_the_attempt_after_it(
         sql("UPDATE jobs SET status = 'QUEUED', strikes = 1")
         assert work() == 1
 
-    _run_one(settings, sleep_while_others_finish)
+    _run(settings, sleep_while_others_finish)
     result = _finished(client, job_id)["result"]
     assert [file.name for file in (settings.storage_dir / "results" / str(job_id)).iterdir()] == ["2.png"]
     assert hashlib.sha256(client.get(result["images"][0]).content).hexdigest() == result["sha256"]
@@ -318,7 +316,7 @@ def test_a_running_attempt_stops_when_its_job_is_taken_away(client: TestClient, 
         _obey(should_stop)
         pytest.fail("it was not told to stop")
 
-    _run_one(hasty, lose)
+    _run(hasty, lose)
     assert sql("SELECT status, attempt, strikes FROM jobs") == [("PROCESSING", 2, 0)]
 
 
@@ -334,14 +332,14 @@ def test_a_cancelled_job_stops_at_its_next_step(client: TestClient, settings: Se
         assert time.monotonic() - began < 1
         raise Stopped("The job was told to stop.")
 
-    _run_one(settings, cancel)
+    _run(settings, cancel)
     job = _finished(client, job_id)
     assert (job["status"], job["error"], job["errorCode"]) == ("CANCELLED", None, None)
 
 
 def test_a_result_that_comes_after_the_cancel_is_thrown_away(client: TestClient, settings: Settings) -> None:
     job_id = submit(client, upload(client, png(2, 2)))
-    _run_one(settings, lambda _: client.post(f"/v2/jobs/{job_id}/cancel"))
+    _run(settings, lambda _: client.post(f"/v2/jobs/{job_id}/cancel"))
     assert _finished(client, job_id)["status"] == "CANCELLED"
     assert list((settings.storage_dir / "results").iterdir()) == []
 
@@ -350,7 +348,7 @@ def test_a_deadline_that_passes_while_the_job_runs_cancels_it(client: TestClient
     hasty = settings.model_copy(update={"lease_seconds": 1.0})
     body = body_of(upload(client, png(2, 2)))
     job_id = client.post("/v2/images/upscale", json=body, headers={"Cancel-After": "1s"}).json()["jobId"]
-    _run_one(hasty, _obey)
+    _run(hasty, _obey)
     assert _failure(client, job_id)[:2] == ("CANCELLED", "deadline_exceeded")
 
 
@@ -358,9 +356,13 @@ def test_a_drain_without_time_hands_the_job_back_without_a_strike(
     client: TestClient, settings: Settings, sql: Sql
 ) -> None:
     submit(client, upload(client, png(2, 2)))
-    with open_worker(settings.model_copy(update={"drain_seconds": 0.0}), _Engine(_obey)) as worker:
+
+    def drain_and_obey(should_stop: Callable[[], bool]) -> None:
         worker.drain()
-        assert worker.run_next()
+        _obey(should_stop)
+
+    with open_worker(settings.model_copy(update={"drain_seconds": 0.0}), _Engine(drain_and_obey)) as worker:
+        assert worker.work()
     assert sql("SELECT status, attempt, strikes, due_at <= now() FROM jobs") == [("QUEUED", 1, 0, True)]
     with connect_redis(settings.redis_url) as broker:
         _wait_for(lambda: broker.llen(POOL) >= 1)
@@ -374,13 +376,13 @@ def test_a_drain_with_time_lets_the_job_finish(client: TestClient, settings: Set
         assert not should_stop()
 
     with open_worker(settings, _Engine(work_on)) as worker:
-        assert worker.run_next()
+        assert worker.work()
     assert _finished(client, job_id)["status"] == "COMPLETED"
 
 
 def test_a_worker_that_ends_leaves_the_register(client: TestClient, settings: Settings, sql: Sql) -> None:
     submit(client, upload(client, png(2, 2)))
-    _run_one(settings, lambda _: sql("INSERT INTO tallies SELECT 'seen', 0, count(*) FROM workers"))
+    _run(settings, lambda _: sql("INSERT INTO tallies SELECT 'seen', 0, count(*) FROM workers"))
     assert sql("SELECT count FROM tallies WHERE name = 'seen'") == [(1,)]
     assert sql("SELECT count(*) FROM workers") == [(0,)]
 
@@ -396,8 +398,7 @@ def test_a_bug_in_what_runs_beside_the_jobs_costs_no_job(
     monkeypatch.setattr("core.notices.announce", explode)
     hasty = settings.model_copy(update={"lease_seconds": 0.3})
     with open_worker(hasty, _Engine(lambda _: time.sleep(0.2))) as worker:
-        assert worker.run_next()
-        assert worker.run_next()
+        assert worker.work() == 2
     assert [_finished(client, job_id)["status"] for job_id in job_ids] == ["COMPLETED", "COMPLETED"]
 
 
@@ -422,7 +423,7 @@ def test_progress_is_shown_while_the_job_runs(
                 return
             threading.Event().wait(0.02)
 
-    _run_one(settings, look)
+    _run(settings, look)
     assert shown[-1] == 50
 
 

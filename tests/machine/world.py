@@ -271,10 +271,11 @@ class World:
         for process in self.processes:
             if process.silent or process.id is None:
                 continue
-            heard = await workers.beat(self.connection, process.id, 1.0, process.attempt)
-            if process.attempt is not None:
-                assert heard.owns == self._owns(process)
-                assert heard.unwanted == (heard.owns and self._unwanted(process.attempt.job_id))
+            attempts = [] if process.attempt is None else [process.attempt]
+            heard = await workers.beat(self.connection, process.id, 1.0, attempts)
+            for attempt, fate in zip(attempts, heard.fates, strict=True):
+                assert fate.owns == self._owns(process)
+                assert fate.unwanted == (fate.owns and self._unwanted(attempt.job_id))
             if heard.registered:
                 process.heard_at = self.now
             else:
