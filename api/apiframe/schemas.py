@@ -3,7 +3,6 @@
 Where its model page and its OpenAPI document differ, requests accept both and answers take the document's form.
 """
 
-import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
@@ -12,62 +11,35 @@ from uuid import UUID
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     PlainSerializer,
     StringConstraints,
-    WithJsonSchema,
     model_validator,
 )
 
 from api.intake import draw_seed
 from core.apiframe import timestamp
-from core.options import OutputFormat, UpscaleOptions
+from core.dialects import Dialect, Format, Prompt, ScaleFactor, parameter, storable, translate
+from core.options import UpscaleOptions
 from db.models import JobStatus, WebhookEvent
 
 MODEL = "clarity-upscale"
 PARAMS_FIELD = "clarityUpscaleParams"
 
-MAX_SEED = 2**53 - 1
-"""Largest seed accepted: the largest integer that every JSON parser reads exactly."""
-
 Timestamp = Annotated[datetime, PlainSerializer(timestamp, return_type=str)]
 
-
-def _storable(text: str) -> str:
-    """Refuse the one character that JSON can carry and Postgres cannot."""
-    if "\0" in text:
-        raise ValueError("must not contain the character NUL")
-    return text
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(storable)]
+Url = Annotated[str, StringConstraints(min_length=1, max_length=2048), AfterValidator(storable)]
 
 
-Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_storable)]
-Prompt = Annotated[str, StringConstraints(max_length=2000), AfterValidator(_storable)]
-Url = Annotated[str, StringConstraints(min_length=1, max_length=2048), AfterValidator(_storable)]
-
-
-def _step(step: float) -> dict[str, Any]:
+def _parameter(name: str, description: str | None = None, *, step: float | None = None) -> Any:
+    """Make the field of a parameter, with the default and the range that the table of dialects gives it."""
+    row = parameter(Dialect.APIFRAME, name)
     # The page's steps are those of its sliders; its OpenAPI document takes any value in range, and so do we.
-    return {"x-step": step}
-
-
-def _as_number(value: Any) -> Any:
-    """Read the page's "2" and the document's 2 alike; leave whatever is neither for the Literal to refuse."""
-    if isinstance(value, str) and re.fullmatch("[0-9]", value):
-        return int(value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return "true or false" if isinstance(value, bool) else value  # True would pass for 1
-
-
-ScaleFactor = Annotated[
-    Literal[1, 2, 4, 8],
-    BeforeValidator(_as_number),
-    WithJsonSchema(
-        {"anyOf": [{"type": "number", "enum": [1, 2, 4, 8]}, {"type": "string", "enum": ["1", "2", "4", "8"]}]}
-    ),
-]
+    extra: dict[str, JsonValue] = {} if step is None else {"x-step": step}
+    return Field(row.default, ge=row.low, le=row.high, description=description, json_schema_extra=extra)
 
 
 class Request(BaseModel):
@@ -79,37 +51,22 @@ class ClarityUpscaleParams(Request):
     """The parameters of clarity-upscale; defaults and ranges are the model page's."""
 
     image: Text = Field(description="An http(s) URL, a data URI with base64, or upload://<id> of an upload.")
-    prompt: Prompt = Field("", description="Describes the kind of detail to add.")
-    negative_prompt: Prompt = Field("", description="Describes what to keep out.")
-    scale_factor: ScaleFactor = Field(2, description="Output side over input side.")
-    creativity: float = Field(0.35, ge=0, le=1, json_schema_extra=_step(0.05), description="How much is invented.")
-    resemblance: float = Field(
-        0.6, ge=0, le=3, json_schema_extra=_step(0.05), description="How tightly to stick to the input."
-    )
-    dynamic: float = Field(6, ge=1, le=50, json_schema_extra=_step(1), description="HDR: the pull of the prompt.")
-    num_inference_steps: int = Field(18, ge=1, le=100, json_schema_extra=_step(1), description="Denoising steps.")
-    sharpen: float = Field(0, ge=0, le=10, description="Sharpening of the finished picture.")
-    output_format: Literal["png", "jpg", "webp"] = "png"
-    output_quality: int = Field(95, ge=1, le=100, description="Quality of jpg and webp. An addition of ours.")
-    seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, json_schema_extra=_step(1), description="Repeats a result; drawn when absent."
-    )
+    prompt: Prompt = _parameter("prompt", "Describes the kind of detail to add.")
+    negative_prompt: Prompt = _parameter("negative_prompt", "Describes what to keep out.")
+    scale_factor: ScaleFactor = _parameter("scale_factor", "Output side over input side.")
+    creativity: float = _parameter("creativity", "How much is invented.", step=0.05)
+    resemblance: float = _parameter("resemblance", "How tightly to stick to the input.", step=0.05)
+    dynamic: float = _parameter("dynamic", "HDR: the pull of the prompt.", step=1)
+    num_inference_steps: int = _parameter("num_inference_steps", "Denoising steps.", step=1)
+    sharpen: float = _parameter("sharpen", "Sharpening of the finished picture.")
+    output_format: Format = _parameter("output_format")
+    output_quality: int = _parameter("output_quality", "Quality of jpg and webp. An addition of ours.")
+    seed: int | None = _parameter("seed", "Repeats a result; drawn when absent.", step=1)
 
     def to_options(self, prompt: str) -> UpscaleOptions:
         """Translate into our words; `prompt` is what holds when this has none."""
-        return UpscaleOptions(
-            scale_factor=self.scale_factor,
-            strength=self.creativity,
-            control_scale=self.resemblance,
-            guidance_scale=self.dynamic,
-            steps=self.num_inference_steps,
-            prompt=self.prompt or prompt,
-            negative_prompt=self.negative_prompt,
-            seed=draw_seed() if self.seed is None else self.seed,
-            sharpen=self.sharpen,
-            output_format=OutputFormat(self.output_format),
-            output_quality=self.output_quality,
-        )
+        params = self.model_dump(exclude={"image"}) | {"prompt": self.prompt or prompt}
+        return translate(Dialect.APIFRAME, params, draw_seed())
 
 
 EventName = Literal["progress", "completed", "failed", "cancelled"]
