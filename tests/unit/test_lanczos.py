@@ -11,8 +11,8 @@ from PIL import Image
 
 from core.errors import OutOfMemory, Stopped
 from core.options import UpscaleOptions
+from worker.upscaler import resampling
 from worker.upscaler.engine import Levels, Picture
-from worker.upscaler.engines import lanczos
 from worker.upscaler.engines.lanczos import Lanczos
 from worker.upscaler.images import to_levels, to_linear
 from worker.upscaler.plan import output_size
@@ -140,9 +140,9 @@ def test_where_tiles_are_cut_does_not_show(
     monkeypatch: pytest.MonkeyPatch, factor: float, sharpen: float, tile: int
 ) -> None:
     picture = _noise(83, 51, alpha=True)
-    monkeypatch.setattr(lanczos, "TILE_PIXELS", 10_000)
+    monkeypatch.setattr(resampling, "TILE_PIXELS", 10_000)
     whole = _upscaled(picture, factor, sharpen)
-    monkeypatch.setattr(lanczos, "TILE_PIXELS", tile)
+    monkeypatch.setattr(resampling, "TILE_PIXELS", tile)
     tiled = _upscaled(picture, factor, sharpen)
     assert whole.alpha is not None
     assert tiled.alpha is not None
@@ -184,7 +184,7 @@ def test_beyond_input_and_output_memory_is_for_one_tile_only(factor: float, shar
 
 
 def test_progress_never_falls_and_ends_at_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanczos, "TILE_PIXELS", 20)
+    monkeypatch.setattr(resampling, "TILE_PIXELS", 20)
     for factor, tiles in ((1, 1), (2, 12)):
         heard: list[float] = []
         Lanczos().upscale(_noise(40, 30), UpscaleOptions(scale_factor=factor), heard.append, lambda: False)
@@ -201,7 +201,7 @@ def _stop_after(answers: int) -> Callable[[], bool]:
 
 @pytest.mark.parametrize("answers", [0, 5])
 def test_a_stop_ends_the_work_at_the_next_tile(monkeypatch: pytest.MonkeyPatch, answers: int) -> None:
-    monkeypatch.setattr(lanczos, "TILE_PIXELS", 20)
+    monkeypatch.setattr(resampling, "TILE_PIXELS", 20)
     heard: list[float] = []
     with pytest.raises(Stopped):
         Lanczos().upscale(_noise(40, 30), UpscaleOptions(scale_factor=2), heard.append, _stop_after(answers))
