@@ -9,7 +9,7 @@ PORT   ?= 8000
 SECONDS ?= 300
 SEED   ?=
 
-.PHONY: demo serve test chaos check format clean help
+.PHONY: demo serve models test chaos check format clean help
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -20,6 +20,9 @@ demo: $(VENV)/.runs ## Upscale IMAGE by SCALE through the whole service; results
 
 serve: $(VENV)/.runs ## Run the whole service on http://127.0.0.1:$(PORT) until Ctrl-C; data in .upscaled/
 	$(VENV)/bin/upscaled serve --port $(PORT)
+
+models: $(VENV)/.runs ## Fetch the weights of the Clarity engine, 3.7 GB, into .upscaled/models
+	$(VENV)/bin/upscaled models pull
 
 test: $(VENV)/.tests ## Run the test suite
 	$(VENV)/bin/pytest
