@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from core.errors import DeploymentError
-from core.settings import Settings, load_settings
+from core.settings import Settings, load_model_settings, load_settings
 from core.telemetry import configure_logging
 
 DEFAULT_FOLDER = Path(".upscaled")
@@ -159,6 +159,36 @@ def upscale(image: Path, scale: str, output_format: str, out: Path) -> None:
 
     exit_on_sigterm()
     upscale_file(image, int(scale), output_format, out)
+
+
+@cli.group()
+def models() -> None:
+    """Model weights, in the folder of UPSCALED_MODELS_DIR (.upscaled/models)."""
+
+
+@models.command("list")
+def list_models() -> None:
+    """Show which weights there are, what they may be used for, and which are installed."""
+    from cli.models import show
+
+    show(load_model_settings().models_dir)
+
+
+@models.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+def pull(names: tuple[str, ...]) -> None:
+    """Fetch the weights of each NAME, or all that upscaling needs, from the Hugging Face Hub."""
+    from cli.models import pull
+
+    pull(load_model_settings().models_dir, names)
+
+
+@models.command()
+def verify() -> None:
+    """Compare the installed weights, byte for byte, with what they should be; status 1 if they differ."""
+    from cli.models import verify
+
+    verify(load_model_settings().models_dir)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Settings shared by every process: one frozen object, built where a process starts and passed on."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, Field, HttpUrl, SecretStr, TypeAdapter
@@ -28,10 +28,34 @@ def _checked_url(url: str) -> str:
     return str(_HTTP_URL.validate_python(url)).rstrip("/")
 
 
-class Settings(BaseSettings):
-    """Read once from `UPSCALED_…` variables; each is documented in docs/settings.md."""
+class ModelSettings(BaseSettings):
+    """What is told of models; part of `Settings`, and all that the commands about weights need."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    models_dir: Path = Path(".upscaled/models")
+    """The folder of the weights."""
+
+    clarity_checkpoint: str = ""
+    """What replaces Stable Diffusion 1.5 itself: a safetensors file, or a folder of diffusers."""
+    clarity_preset: Literal["quality", "compat"] = "quality"
+    """compat cuts and blends tiles as the original did, seams included."""
+    clarity_hint: Literal["input", "preupscaled"] = "input"
+    """Which picture the ControlNet holds the result to: as it was sent, or as the pre-upscaler made it."""
+    clarity_batch: Annotated[int, Field(ge=0)] = 0
+    """Tiles that go through the networks at once; 0 leaves it to the free memory."""
+    clarity_compile: bool = False
+    """Compile the networks with the first job of each tile size."""
+
+    superres_weights: str = ""
+    """A safetensors file of a pre-upscaler to use instead of the one that is installed."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+
+
+class Settings(ModelSettings):
+    """Read once from `UPSCALED_…` variables; each is documented in docs/settings.md."""
 
     database_url: Annotated[str, AfterValidator(_with_async_driver)]
     redis_url: Annotated[str, Field(pattern=r"^rediss?://")]
@@ -109,8 +133,24 @@ def load_settings(**overrides: Any) -> Settings:
     Raises:
         DeploymentError: one line that names each variable that is missing or wrong, and never shows its value.
     """
+    return _load(Settings, overrides)
+
+
+def load_model_settings() -> ModelSettings:
+    """Read from the environment what is told of models.
+
+    Raises:
+        DeploymentError: as `load_settings`.
+    """
+    return _load(ModelSettings, {})
+
+
+Loaded = TypeVar("Loaded", bound=ModelSettings)
+
+
+def _load(kind: type[Loaded], overrides: dict[str, Any]) -> Loaded:
     try:
-        return Settings(**overrides)
+        return kind(**overrides)
     except pydantic.ValidationError as error:
         faults = [f"{PREFIX}{str(fault['loc'][0]).upper()}: {fault['msg']}" for fault in error.errors()]
         raise DeploymentError("; ".join(faults)) from error

@@ -190,7 +190,9 @@ def test_an_image_runs_its_processes_as_nobody_in_particular(dockerfile: str) ->
 
 def test_both_images_are_made_the_same_way_but_for_what_they_install_and_start() -> None:
     api, worker = ([line for line in instructions(name) if line[0] not in ("EXPOSE", "CMD")] for name in DOCKERFILES)
-    assert [(name, arguments.replace("'.[worker]'", ".")) for name, arguments in worker] == api
+    spandrel = "    && pip --python /opt/upscaled/bin/python install --constraint constraints.txt --no-deps spandrel "
+    same = [(name, text.replace("'.[worker]'", ".").replace(spandrel, "")) for name, text in worker]
+    assert same == api
     assert api != worker
 
 

@@ -23,7 +23,12 @@ from tests.web import Web
 
 ROOT = Path(__file__).parents[2]
 CLI = (sys.executable, "-m", "cli.main")
-QUICK = {"UPSCALED_SWEEP_SECONDS": "0.3", "UPSCALED_OUTBOUND_ALLOW": "127.0.0.0/8", "UPSCALED_LOG_LEVEL": "INFO"}
+QUICK = {
+    "UPSCALED_MODELS_DIR": "no-such-folder",  # without weights, even where somebody has installed some
+    "UPSCALED_SWEEP_SECONDS": "0.3",
+    "UPSCALED_OUTBOUND_ALLOW": "127.0.0.0/8",
+    "UPSCALED_LOG_LEVEL": "INFO",
+}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import logging
 import struct
 import threading
 import time
@@ -25,7 +24,6 @@ from tests.requests import body_of, encoded, png, submit, upload
 from tests.web import Web
 from worker import endings, upscale
 from worker.upscale import open_worker
-from worker.upscaler import engines
 from worker.upscaler.engine import Picture
 
 Sql = Callable[..., list[Any]]
@@ -425,12 +423,6 @@ def test_progress_is_shown_while_the_job_runs(
 
     _run(settings, look)
     assert shown[-1] == 50
-
-
-def test_without_weights_the_log_says_once_that_lanczos_stands_in(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert engines.load("auto").name == "lanczos"
-    assert len([record for record in caplog.records if "weights" in record.message]) == 1
 
 
 def test_results_lie_under_their_attempt(client: TestClient, work: Work, settings: Settings) -> None:

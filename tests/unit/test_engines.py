@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -12,6 +13,7 @@ from core.errors import DeploymentError
 from core.options import UpscaleOptions
 from worker.upscaler import engines
 from worker.upscaler.engine import Engine, Picture
+from worker.upscaler.engines import Config
 
 
 class Mirror:
@@ -55,14 +57,19 @@ def test_lanczos_is_loaded_by_its_name_and_without_a_word(caplog: pytest.LogCapt
     assert not caplog.records
 
 
-def test_auto_falls_back_to_lanczos_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    assert engines.load("auto").name == "lanczos"
-    assert [(record.levelno, "lanczos" in record.message) for record in caplog.records] == [(logging.WARNING, True)]
+def test_auto_falls_back_to_lanczos_with_one_warning_that_says_how_to_get_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert engines.load("auto", Config(models_dir=tmp_path)).name == "lanczos"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "lanczos" in record.message
+    assert "`upscaled models pull`" in record.message
 
 
-def test_clarity_is_refused_in_one_honest_sentence() -> None:
-    with pytest.raises(DeploymentError, match=r"^UPSCALED_ENGINE is clarity, but this build carries no .*\.$"):
-        engines.load("clarity")
+def test_clarity_without_weights_is_refused_with_the_command_that_fetches_them(tmp_path: Path) -> None:
+    with pytest.raises(DeploymentError, match=r"^UPSCALED_ENGINE is clarity, but .* `upscaled models pull` fetches"):
+        engines.load("clarity", Config(models_dir=tmp_path))
 
 
 def test_an_unknown_choice_is_refused_with_the_choices() -> None:

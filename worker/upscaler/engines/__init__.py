@@ -2,15 +2,37 @@
 
 import importlib
 import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from core.errors import DeploymentError
+from worker.upscaler import weights
 from worker.upscaler.engine import Engine
 from worker.upscaler.engines.lanczos import Lanczos
 
 logger = logging.getLogger(__name__)
 
 
-def load(choice: str) -> Engine:
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a deployment decides about its engine; docs/settings.md explains each word."""
+
+    models_dir: Path = Path(".upscaled/models")
+    clarity_checkpoint: str = ""
+    clarity_preset: Literal["quality", "compat"] = "quality"
+    clarity_hint: Literal["input", "preupscaled"] = "input"
+    clarity_batch: int = 0
+    clarity_compile: bool = False
+    superres_weights: str = ""
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+
+
+DEFAULTS = Config()
+
+
+def load(choice: str, config: Config = DEFAULTS) -> Engine:
     """Make the engine a deployment chose: auto, lanczos, clarity, or `package.module:Class` for one from elsewhere.
 
     `auto` takes the best that can run here and says in the log when that is not the real one. A class from elsewhere
@@ -20,17 +42,28 @@ def load(choice: str) -> Engine:
         DeploymentError: there is no such engine, or it cannot run here.
     """
     if choice == "auto":
-        logger.warning("No model weights are installed: lanczos is used, which enlarges but invents no detail.")
+        if not weights.missing(config.models_dir, config.clarity_checkpoint):
+            return _load_clarity(config)
+        logger.warning(
+            "No weights of the clarity engine are installed (`upscaled models pull` fetches them): lanczos is used, "
+            "which enlarges but invents no detail."
+        )
         return Lanczos()
     if choice == "lanczos":
         return Lanczos()
     if choice == "clarity":
-        raise DeploymentError("UPSCALED_ENGINE is clarity, but this build carries no clarity engine and no weights.")
+        return _load_clarity(config)
     if ":" in choice:
         return _imported(choice)
     raise DeploymentError(
         f"UPSCALED_ENGINE is {choice!r}; the choices are auto, lanczos, clarity and package.module:Class."
     )
+
+
+def _load_clarity(config: Config) -> Engine:
+    from worker.upscaler.engines import clarity  # it brings torch and diffusers, which no other engine needs
+
+    return clarity.load(config)
 
 
 def _imported(choice: str) -> Engine:
