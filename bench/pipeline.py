@@ -1,6 +1,7 @@
 """How fast is the Clarity pipeline, of what the device can do, and beside it the naive ways?
 
     .venv/bin/python -m bench.pipeline [--sizes 512 1024 2048] [--device auto] [--precision auto] [--runs 3] [--compile]
+                                       [--tile 32] [--alone]
 
 Random weights of the real architecture: what is computed does not depend on their values. One table per run of the
 program: seconds of a whole job (picture to picture, at the default options, warm), of its denoising loop and of each
@@ -88,10 +89,13 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     parser.add_argument("--runs", type=int, default=3, help="timed runs after one to warm up; the median counts")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--tile", type=int, help="cells on a side, where the default tile is too much for the device")
     parser.add_argument("--alone", action="store_true", help="leave the naive ways out")
     asked = parser.parse_args()
     device = choose_device(asked.device)
     dtype = choose_dtype(asked.precision, device)
+    tile = {"tile_width": asked.tile, "tile_height": asked.tile} if asked.tile else {}
+    options = UpscaleOptions(**tile)
     ceiling = measure_ceiling(device, dtype)
     print(f"{name_of(device)}, {dtype}, matrix product {ceiling / TERA:.2f} TFLOP/s, torch {torch.__version__}\n")
     parts = sd15.components(device, dtype)
@@ -101,9 +105,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for side in asked.sizes:
         picture = Picture(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
-        ways: dict[str, Way] = {"upscaled": lambda marks, given=picture: run_ours(engine, given, marks)}
+        ways: dict[str, Way] = {"upscaled": lambda marks, given=picture: run_ours(engine, options, given, marks)}
         if not (asked.alone or asked.compile):
-            ways["diffusers, tile by tile"] = lambda marks, given=picture: run_by_tiles(parts, given, marks)
+            ways["diffusers, tile by tile"] = lambda marks, given=picture: run_by_tiles(parts, options, given, marks)
             ways["diffusers, in one piece"] = lambda marks, given=picture: run_whole(parts, given, marks)
         for name, way in ways.items():
             try:
@@ -193,17 +197,17 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 # The ways -------------------------------------------------------------------------------------------------------------
 
 
-def run_ours(engine: Clarity, picture: Picture, marks: Marks) -> Picture:
+def run_ours(engine: Clarity, options: UpscaleOptions, picture: Picture, marks: Marks) -> Picture:
     def on_progress(fraction: float) -> None:
         if fraction <= DENOISED:
             marks.touch()
 
-    return engine.upscale(picture, UpscaleOptions(), on_progress, lambda: False)
+    return engine.upscale(picture, options, on_progress, lambda: False)
 
 
-def run_by_tiles(parts: Components, picture: Picture, marks: Marks) -> Image.Image:
+def run_by_tiles(parts: Components, options: UpscaleOptions, picture: Picture, marks: Marks) -> Image.Image:
     """Diffuse each of our tiles by itself, and put one beside the other."""
-    options, preset = UpscaleOptions(), PRESETS["quality"]
+    preset = PRESETS["quality"]
     (one,) = passes(picture.width, picture.height, options)
     tile = Size(width=options.tile_width, height=options.tile_height)
     layout = tiling(one.cells, tile, preset.overlap_cells, feathered=preset.feathered)

@@ -3,7 +3,7 @@
     UpscaledError
     ├── RequestError      the caller can: change the request
     ├── TransientError    time can: try again
-    ├── DeploymentError   the operator can: change how a process is started
+    ├── DeploymentError   the operator can: change settings, or what is installed
     ├── LeaseLost         nobody need: another attempt owns the job
     └── Stopped           nobody need: the work was told to stop
 
@@ -173,7 +173,10 @@ class InputUnreachable(TransientError):
 
 
 class DeploymentError(UpscaledError):
-    """The operator can mend it by changing a setting or installing a part; a process stops at start with this line."""
+    """The operator can mend it by changing a setting or installing a part.
+
+    A process that meets it at its start stops with this line; later, a job fails by it.
+    """
 
     code = "deployment"
 

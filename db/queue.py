@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
     Double,
     Integer,
@@ -223,17 +224,21 @@ _SUBMIT = select(
 )
 
 
-async def claim(connection: AsyncConnection, worker_id: UUID, worker: str) -> Attempt | None:
+async def claim(
+    connection: AsyncConnection, worker_id: UUID, worker: str, *, beside_others: bool = False
+) -> Attempt | None:
     """Start an attempt at the job whose turn it is, and that nobody else is claiming; this is a beat, too.
 
-    None can mean that every queued row was locked by others at that moment: ask once more before going idle.
+    A worker that has other jobs in its hands says so: when it is the turn of a job that was lost before, it gets none.
+    None can also mean that every queued row was locked by others at that moment: ask once more before going idle.
 
     Raises:
         LeaseLost: the worker was presumed dead and forgotten; it has to register again.
     """
+    values = {"claimant": worker_id, "claimed_by": worker, "beside_others": beside_others}
     for _ in range(_COLLISIONS):
         try:
-            row = (await connection.execute(_CLAIM, {"claimant": worker_id, "claimed_by": worker})).one()
+            row = (await connection.execute(_CLAIM, values)).one()
         except IntegrityError as error:
             if "jobs_processing_slot_key" not in str(error.orig):
                 raise
@@ -299,7 +304,7 @@ _FIRST = (
 # It must cost no more than the first, or priorities would change something between keys: a place is worth what it cost.
 _Own = aliased(Job, name="own")
 _PICK = (
-    select(_Own.id, _Own.tag)
+    select(_Own.id, _Own.tag, _Own.strikes)
     .where(_waiting(_Own), _Own.api_key_id == _the(_FIRST.c.api_key_id), _Own.cost <= _the(_FIRST.c.cost))
     .order_by(_Own.priority.desc(), _Own.tag, _Own.id)
     .limit(1)
@@ -307,9 +312,15 @@ _PICK = (
     .cte("pick")
 )
 
+# A job that kills its worker would take those beside it along, again and again: one that was lost before runs alone.
+_CLAIMABLE = and_(
+    _the(_ALIVE.c.id).is_not(None),
+    or_(~bindparam("beside_others", type_=Boolean), _the(_PICK.c.strikes) == 0),
+)
+
 _EXCHANGED = (
     update(Job)
-    .where(Job.id == _the(_FIRST.c.id), Job.id != _the(_PICK.c.id), _the(_ALIVE.c.id).is_not(None))
+    .where(Job.id == _the(_FIRST.c.id), Job.id != _the(_PICK.c.id), _CLAIMABLE)
     .values(tag=_the(_PICK.c.tag))
     .cte("exchanged")
 )
@@ -332,7 +343,7 @@ _FREE_SLOT = (
 
 _CLAIMED = (
     update(Job)
-    .where(Job.id == _the(_PICK.c.id), Job.status == QUEUED, _the(_ALIVE.c.id).is_not(None))
+    .where(Job.id == _the(_PICK.c.id), Job.status == QUEUED, _CLAIMABLE)
     .values(
         status=JobStatus.PROCESSING.value,
         attempt=Job.attempt + 1,

@@ -2,25 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
     Double,
     Integer,
+    Text,
     Uuid,
     and_,
     bindparam,
     column,
     delete,
     func,
-    insert,
     literal,
     or_,
     select,
     true,
     update,
 )
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from db.jobs import Attempt
@@ -47,9 +49,15 @@ class Heard:
     """One for each attempt, in their order."""
 
 
-async def register(connection: AsyncConnection, worker_id: UUID, name: str, engine: str) -> None:
-    """Let a worker be known; from now on it has to beat."""
-    await connection.execute(insert(Worker).values(id=worker_id, name=name, engine=engine))
+async def register(
+    connection: AsyncConnection, worker_id: UUID, name: str, engine: str, attempts: Sequence[Attempt] = ()
+) -> None:
+    """Let a worker be known; from now on it has to beat. It may bring attempts that it began under another id.
+
+    Saying it twice changes nothing.
+    """
+    values = {"new_id": worker_id, "new_name": name, "new_engine": engine} | _fences(attempts)
+    await connection.execute(_REGISTER, values)
 
 
 async def unregister(connection: AsyncConnection, worker_id: UUID) -> None:
@@ -61,14 +69,16 @@ async def beat(
     connection: AsyncConnection, worker_id: UUID, seconds_per_cost: float | None, attempts: Sequence[Attempt]
 ) -> Heard:
     """Say that the worker lives, and learn what has become of its attempts."""
-    values = {
-        "worker": worker_id,
-        "speed": seconds_per_cost,
+    values = {"worker": worker_id, "speed": seconds_per_cost} | _fences(attempts)
+    rows = (await connection.execute(_BEAT, values)).all()
+    return Heard(rows[0].registered, [Fate(row.owns, bool(row.unwanted)) for row in rows if row.place is not None])
+
+
+def _fences(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    return {
         "job_ids": [attempt.job_id for attempt in attempts],
         "numbers": [attempt.number for attempt in attempts],
     }
-    rows = (await connection.execute(_BEAT, values)).all()
-    return Heard(rows[0].registered, [Fate(row.owns, bool(row.unwanted)) for row in rows if row.place is not None])
 
 
 _ALIVE = (
@@ -86,6 +96,17 @@ _ATTEMPTS = (
 )
 
 _OWN = and_(Job.id == _ATTEMPTS.c.job_id, Job.attempt == _ATTEMPTS.c.number, Job.status == PROCESSING)
+
+_NEW_ID = bindparam("new_id", type_=Uuid)
+
+_NEW = (
+    insert(Worker)
+    .values(id=_NEW_ID, name=bindparam("new_name", type_=Text), engine=bindparam("new_engine", type_=Text))
+    .on_conflict_do_nothing()
+    .cte("new")
+)
+
+_REGISTER = update(Job).where(_OWN).values(worker_id=_NEW_ID).add_cte(_NEW)
 
 _BEAT = (
     select(

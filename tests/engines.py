@@ -15,6 +15,9 @@ from worker.upscaler.engine import Picture
 SECONDS = 3.0
 STEP_SECONDS = 0.02
 
+LAST_SECONDS = 0.4
+"""How long `die` seems nearly done: the worker reads its next job meanwhile."""
+
 MARKS = "TEST_MARKS"
 """The environment variable that names the folder in which `once` leaves its marks."""
 
@@ -42,7 +45,8 @@ class Obedient:
     """Does what the prompt says, and then returns its input.
 
     work SECONDS: in steps. hang: never comes back. clutch: the same, and no other Python thread runs meanwhile. die:
-    takes the worker with it. `once` before it: only the first time that a job of this seed comes by.
+    takes the worker with it, when it seems nearly done. `once` before it: only the first time that a job of this seed
+    comes by.
     """
 
     name = "obedient"
@@ -66,6 +70,8 @@ class Obedient:
             case [*_, "clutch"]:
                 ctypes.PyDLL(None).sleep(3600)
             case [*_, "die"]:
+                on_progress(0.9)
+                time.sleep(LAST_SECONDS)
                 os.kill(os.getpid(), signal.SIGKILL)
             case ["work", seconds]:
                 _work(float(seconds), on_progress, should_stop)

@@ -5,7 +5,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from uuid import UUID, uuid4
 
@@ -113,8 +113,9 @@ class Lease:
         self._database = database
         self._redis = redis
         self._engine = engine
-        self._registered = False
-        self._registering = anyio.Lock()
+        self._registered: UUID | None = None
+        self._changing = anyio.Lock()
+        """Held by whoever registers or claims: a job that is claimed under one id must be known before the next one."""
         self._held: set[Held] = set()
         self._watchdog = Watchdog(settings.stall_seconds)
         self._seconds_per_cost: float | None = None
@@ -135,6 +136,11 @@ class Lease:
         if not self.draining:
             self._drain_until = time.monotonic() + self._settings.drain_seconds
 
+    @property
+    def held(self) -> Sequence[Held]:
+        """The attempts that are watched over."""
+        return list(self._held)
+
     def hold(self, attempt: Attempt) -> Held:
         """Watch over an attempt until it is released; a worker may hold several."""
         held = Held(attempt, self, self._watchdog)
@@ -144,6 +150,12 @@ class Lease:
     def release(self, held: Held) -> None:
         """Watch over an attempt no longer: it has ended."""
         self._held.discard(held)
+
+    def abandon(self, *lost: Held) -> None:
+        """Give up attempts that could not be ended: the worker registers anew without them, and they fall to others."""
+        if lost:
+            self._held.difference_update(lost)
+            self.forsake()
 
     def learn(self, cost: float, seconds: float) -> None:
         """Take the time that a finished job took into the estimate that beats carry."""
@@ -164,26 +176,33 @@ class Lease:
                     await self._unregister()
 
     def forsake(self) -> None:
-        """Let the present registration run out, and with it whatever it may still hold unknown to us.
+        """Let the present registration run out, and with it whatever it may hold unknown to us.
 
-        That is where a claim leads whose answer was lost, and a job that could not be ended.
+        That is where a claim leads whose answer was lost. What is known to be held goes along to the next registration.
         """
-        self._registered = False
+        self.id = uuid4()
 
-    async def register(self) -> None:
-        """Make sure that the worker is known; each time it registers it is another worker."""
-        async with self._registering:
-            if self._registered:
-                return
-            worker_id: UUID = uuid4()
-            async with self._database.connection() as connection:
-                await workers.register(connection, worker_id, self.name, self._engine)
-            self.id, self._registered = worker_id, True
+    @asynccontextmanager
+    async def registered(self) -> AsyncGenerator[UUID]:
+        """Make sure that the worker is known, and lend its id for a claim; each time it registers it is another worker.
+
+        What is claimed inside the block must be held there.
+        """
+        async with self._changing:
+            worker_id = self.id
+            if self._registered != worker_id:
+                attempts = [held.attempt for held in self.held]
+                async with self._database.connection() as connection:
+                    await workers.register(connection, worker_id, self.name, self._engine, attempts)
+                self._registered = worker_id
+            yield worker_id
 
     async def _unregister(self) -> None:
+        if self._registered is None:
+            return
         try:
             async with self._database.connection() as connection:
-                await workers.unregister(connection, self.id)
+                await workers.unregister(connection, self._registered)
         except DatabaseUnavailable as error:
             logger.warning("not unregistered, the sweep will notice: %s", error)
 
@@ -191,10 +210,12 @@ class Lease:
         """Beat every few seconds, and at once when asked to: whoever cancels a job asks."""
         while True:
             try:
-                await self.register()
-                channel = notices.worker_channel(self.id)
-                async with notices.listening(self._redis, channel) as heard:
-                    while self._registered and channel == notices.worker_channel(self.id):
+                if self._registered != self.id:
+                    async with self.registered():
+                        pass
+                worker_id = self.id
+                async with notices.listening(self._redis, notices.worker_channel(worker_id)) as heard:
+                    while worker_id == self.id == self._registered:
                         await self.beat()
                         await heard.wait(self._settings.beat_seconds)
             except DatabaseUnavailable as error:
@@ -208,7 +229,7 @@ class Lease:
 
     async def beat(self) -> None:
         """Say that the worker lives; stop those of its attempts that are lost or unwanted."""
-        holding, worker_id = list(self._held), self.id
+        holding, worker_id = self.held, self.id
         attempts = [held.attempt for held in holding]
         async with self._database.connection() as connection:
             heard = await workers.beat(connection, worker_id, self._seconds_per_cost, attempts)

@@ -177,50 +177,61 @@ class Worker:
         """Run jobs until none is left to claim, or the worker is to end; return how many were claimed.
 
         Whatever is wrong with a job ends that job. What could not be ended, because the database was away, is left to
-        the sweep. A job that was lost before runs alone: if it is one that takes its worker with it, it must not do
-        so to its neighbours again and again.
+        the sweep. A job that was lost before is alone from its claim to its end: if it is one that takes its worker
+        with it, it must not do so to its neighbours again and again.
         """
         before = self._claimed
-        with ThreadPoolExecutor(1, "ahead") as ahead, ThreadPoolExecutor(1, "behind") as behind:
-            writing: Future[object] | None = None
-            ready = self._prepare()
-            while ready is not None:
-                if ready.alone:
-                    _await(writing)
-                coming = _Coming(ahead, self._prepare, begins=not ready.alone)
-                upscaled = self._stage(ready.held, self._upscale, ready, coming.begin)
-                _await(writing)
-                writing = None if upscaled is None else behind.submit(self._write, ready, upscaled)
-                ready = coming.result() or self._prepare()
-                if ready is None:  # what is being written may hold the last place of its key
-                    _await(writing)
-                    ready = self._prepare()
+        try:
+            with ThreadPoolExecutor(1, "ahead") as ahead, ThreadPoolExecutor(1, "behind") as behind:
+                writing: Future[object] | None = None
+                ready = self._prepare()
+                while ready is not None:
+                    coming = _Coming(ahead, lambda: self._prepare(beside_others=True), begins=not ready.alone)
+                    writing = self._run(ready, coming.begin, writing, behind)
+                    ready = None if ready.alone else coming.result() or self._prepare(beside_others=True)
+                    if ready is None:  # what is being written may hold the last place of its key, or have to be alone
+                        _await(writing)
+                        ready = self._prepare()
+        finally:
+            self._lease.abandon(*self._lease.held)
         return self._claimed - before
 
-    def _prepare(self) -> _Ready | None:
+    def _prepare(self, *, beside_others: bool = False) -> _Ready | None:
         """Claim jobs until one can be read; None when there is none, or the worker is to end."""
-        while not self._lease.draining and (attempt := self._portal.call(self._claim)) is not None:
+        while not self._lease.draining and (held := self._portal.call(self._claim, beside_others)) is not None:
             self._claimed += 1
             failpoints.reach("after_claim")
-            held = self._lease.hold(attempt)
             if (ready := self._stage(held, self._read_picture, held)) is not None:
                 return ready
         return None
 
+    def _run(
+        self,
+        ready: _Ready,
+        look_ahead: Callable[[], object],
+        writing: Future[object] | None,
+        behind: ThreadPoolExecutor,
+    ) -> Future[object] | None:
+        """Upscale, and begin to write the result once the one before it is written; return what waits for that."""
+        upscaled = self._stage(ready.held, self._upscale, ready, look_ahead)
+        _await(writing)
+        return None if upscaled is None else behind.submit(self._write, ready, upscaled)
+
     def _stage(self, held: Held, act: Callable[[*Arguments], Value | None], *arguments: *Arguments) -> Value | None:
         """Carry an attempt a stage further; None when it has ended by that, well or badly."""
-        result = None
         try:
             result = self._carry(held, act, *arguments)
-        except DatabaseUnavailable as error:
-            logger.warning("job %s attempt %d: left behind, %s", held.attempt.job_id, held.attempt.number, error)
-            self._lease.forsake()
-        except BaseException:
-            self._lease.forsake()  # whatever it is, the job must not stay with a worker that has forgotten it
-            raise
-        finally:
-            if result is None:
-                self._lease.release(held)
+        except BaseException as error:
+            # Whatever it is, the job must not stay with a worker that has forgotten it.
+            self._lease.abandon(held)
+            if not isinstance(error, Exception):
+                raise
+            bug = not isinstance(error, DatabaseUnavailable)
+            attempt = held.attempt
+            logger.warning("job %s attempt %d: left behind, %s", attempt.job_id, attempt.number, error, exc_info=bug)
+            return None
+        if result is None:
+            self._lease.release(held)
         return result
 
     def _carry(self, held: Held, act: Callable[[*Arguments], Value | None], *arguments: *Arguments) -> Value | None:
@@ -263,8 +274,8 @@ class Worker:
 
     def _upscale(self, ready: _Ready, look_ahead: Callable[[], object]) -> Picture:
         held, options = ready.held, ready.options
-        if self._lease.draining and self._free_at > ready.claimed_at:
-            raise Stopped("The worker is about to end.")  # it was read ahead: another worker begins it sooner
+        if self._lease.draining or held.should_stop():
+            raise Stopped("The worker is about to end, or the job is unwanted.")  # another worker begins it sooner
         with held.watched():
             reporter = self._reporter(held, look_ahead)
             upscaled = self._engine.upscale(ready.picture, options, reporter, held.should_stop)
@@ -299,20 +310,24 @@ class Worker:
             time.monotonic() - ready.claimed_at,
         )
 
-    async def _claim(self) -> Attempt | None:
+    async def _claim(self, beside_others: bool) -> Held | None:
         for pause in (0.0, EMPTY_CLAIM_PAUSE_SECONDS):
             await anyio.sleep(pause)
-            if (attempt := await self._claim_once()) is not None:
-                self._parts.endings.announce_soon(attempt.job_id)
-                return attempt
+            if (held := await self._claim_once(beside_others=beside_others)) is not None:
+                self._parts.endings.announce_soon(held.attempt.job_id)
+                return held
         return None
 
-    async def _claim_once(self) -> Attempt | None:
+    async def _claim_once(self, *, beside_others: bool) -> Held | None:
         while True:
-            await self._lease.register()
             try:
-                async with self._parts.database.connection() as connection:
-                    return await queue.claim(connection, self._lease.id, self._lease.name)
+                async with self._lease.registered() as worker_id:
+                    async with self._parts.database.connection() as connection:
+                        if self._lease.draining:  # or it would take again what it has just handed back
+                            return None
+                        name = self._lease.name
+                        attempt = await queue.claim(connection, worker_id, name, beside_others=beside_others)
+                    return None if attempt is None else self._lease.hold(attempt)
             except LeaseLost as error:
                 logger.warning("%s Registering again.", error)
                 self._lease.forsake()

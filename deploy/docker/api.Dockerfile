@@ -29,8 +29,8 @@ RUN groupadd --gid 10001 upscaled \
 COPY --from=dependencies /opt/upscaled /opt/upscaled
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     pip --python /opt/upscaled/bin/python install --no-cache-dir --no-index --no-deps /dist/*.whl
-# Compiled above; when the processes run the files are not theirs to write.
-ENV PATH=/opt/upscaled/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+# Compiled above; when the processes run the files are not theirs to write. Libraries look for their caches at home.
+ENV PATH=/opt/upscaled/bin:$PATH PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
 WORKDIR /var/lib/upscaled
 # A number, so that Kubernetes can see that it is not root's.
 USER 10001:10001

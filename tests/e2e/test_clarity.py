@@ -28,6 +28,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Generator[Stack]:
     for name in ("models", "logs"):
         (folder / name).mkdir()
     tiny.save(folder / "models")
+    (folder / "models/loras").mkdir()
+    (folder / "models/loras/damaged.safetensors").write_bytes(b"not at all")
     environ = {
         "UPSCALED_ENGINE": "clarity",
         "UPSCALED_MODELS_DIR": str(folder / "models"),
@@ -71,6 +73,13 @@ def test_a_lora_that_is_not_installed_fails_its_job_by_that_name(stack: Stack) -
     job = _end(stack, _submit(stack, _photo(16, 16), prompt="<lora:more_details:0.5> a cat"))
     assert (job["status"], job["errorCode"]) == ("FAILED", "unknown_lora")
     assert "more_details" in job["error"]
+
+
+def test_a_lora_that_cannot_be_used_fails_its_job_in_one_sentence_and_the_next_one_runs(stack: Stack) -> None:
+    job = _end(stack, _submit(stack, _photo(16, 16), prompt="<lora:damaged:0.5> a cat"))
+    assert (job["status"], job["errorCode"]) == ("FAILED", "deployment")
+    assert job["error"] == "The LoRA damaged.safetensors cannot be used: it cannot be read."
+    assert _end(stack, _submit(stack, _photo(16, 16)))["status"] == "COMPLETED"
 
 
 def test_a_worker_that_is_to_end_gives_its_job_back_within_a_step(stack: Stack) -> None:

@@ -1,9 +1,11 @@
 """Workers that are told to end, hang, sleep, die or are called off: their jobs are done all the same, and at once."""
 
 import signal
+import subprocess
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import psutil
 import pytest
@@ -98,14 +100,22 @@ def test_a_worker_that_slept_past_its_lease_changes_nothing_and_works_on_under_a
     assert crew.objects(job_id) == ["2.png"]
 
 
-def test_a_job_that_kills_every_worker_fails_and_the_service_lives_on(crew: Crew) -> None:
+def test_a_job_that_kills_every_worker_fails_and_takes_no_other_job_along_twice(crew: Crew) -> None:
     crew.fill_up(4)
-    job_id = crew.submit("die")
-    job = crew.end(job_id, 3 * (BURIED_SECONDS + NOISE_SECONDS))
-    assert (job["status"], job["error_code"]) == ("FAILED", "worker_lost")
-    assert (job["attempt"], job["strikes"]) == (3, 3)
-    assert len(crew.workers) == 1
-    assert crew.end(crew.submit("nothing"))["status"] == "COMPLETED"
+    workers = crew.workers
+    with _asleep(workers[1:]):
+        jobs = [crew.submit(order) for order in ("nothing", "die", "nothing", "nothing")]
+        poison = jobs.pop(1)
+        for worker, heir in pairwise(workers):
+            assert worker.wait(NOISE_SECONDS) == -signal.SIGKILL
+            until(lambda: crew.status(poison) != "PROCESSING", BURIED_SECONDS + NOISE_SECONDS)
+            heir.send_signal(signal.SIGCONT)
+    job = crew.job(poison)
+    assert (job["status"], job["error_code"], job["attempt"], job["strikes"]) == ("FAILED", "worker_lost", 3, 3)
+    rows = [crew.end(job_id) for job_id in jobs]
+    assert {row["status"] for row in rows} == {"COMPLETED"}
+    assert max(row["strikes"] for row in rows) <= 1
+    assert crew.workers == workers[3:]
 
 
 def test_the_job_of_a_killed_worker_runs_elsewhere_within_seconds(crew: Crew) -> None:
@@ -186,6 +196,18 @@ def test_a_dispatcher_that_sleeps_keeps_no_other_from_sweeping(crew: Crew) -> No
         crew.cancel(job_id)
     assert crew.end(job_id)["status"] == "CANCELLED"
     assert sleeper.poll() is None
+
+
+@contextmanager
+def _asleep(workers: Sequence[subprocess.Popen[bytes]]) -> Generator[None]:
+    """Stop workers; those that still sleep after the block are woken."""
+    for worker in workers:
+        worker.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.send_signal(signal.SIGCONT)
 
 
 @contextmanager

@@ -50,6 +50,11 @@ async def _row(sql_async: Any, columns: str) -> tuple[Any, ...]:
     return tuple(row)
 
 
+async def _row_count(sql_async: Any, condition: str) -> int:
+    ((count,),) = await sql_async(f"SELECT count(*) FROM jobs WHERE {condition}")  # noqa: S608
+    return count
+
+
 async def _die(sql_async: Any, worker_id: UUID) -> None:
     """Let a worker have been silent for longer than its lease."""
     await sql_async("UPDATE workers SET beat_at = now() - interval '31 seconds' WHERE id = $1", worker_id)
@@ -178,6 +183,27 @@ async def test_jobs_of_dead_workers_are_taken_back_and_those_of_live_ones_are_no
         await queue.claim(dead)
     assert current.job_id == kept
     await _complete(queue, current)
+
+
+async def test_a_worker_that_registers_anew_brings_the_attempts_it_still_has_and_no_others(
+    queue: Queue, owner: UUID, sql_async: Any
+) -> None:
+    kept, lost, ended = [await queue.submit(owner) for _ in range(3)]
+    before, after = await queue.register(), uuid4()
+    attempts = {attempt.job_id: attempt for attempt in [await queue.take(before) for _ in range(3)]}
+    await _complete(queue, attempts[ended])
+    for _ in range(2):  # as when the answer was lost
+        await queue.do(workers.register, after, "tests", "none", [attempts[kept], attempts[ended]])
+    await _die(sql_async, before)
+    assert await _bury(queue) == [Changed(lost, JobStatus.QUEUED)]
+    rows = await sql_async("SELECT id, status FROM jobs WHERE worker_id = $1", after)
+    assert [tuple(row) for row in rows] == [(kept, "PROCESSING")]
+    await queue.take(after)
+    await _die(sql_async, after)
+    assert len(await _bury(queue)) == 2
+    zombie = attempts[lost]
+    await queue.do(workers.register, uuid4(), "tests", "none", [zombie, attempts[kept]])
+    assert await _row_count(sql_async, "status = 'PROCESSING'") == 0
 
 
 async def test_a_claim_and_a_beat_both_keep_a_worker_alive(queue: Queue, owner: UUID, sql_async: Any) -> None:

@@ -65,6 +65,23 @@ async def test_a_claim_by_a_worker_that_was_forgotten_takes_nothing(tested: Queu
     assert tuple(row) == ("QUEUED", 0)
 
 
+async def test_the_turn_of_a_job_that_was_lost_before_waits_for_a_worker_with_empty_hands(
+    tested: Queue, owner: UUID, sql_async: Any
+) -> None:
+    struck = await tested.submit(owner)
+    await tested.submit(owner)
+    await sql_async("UPDATE jobs SET strikes = 1, priority = 1 WHERE id = $1", struck)
+    busy = await tested.register()
+    for first in (struck, None):  # also when it is the first by its priority only
+        if first is None:
+            await sql_async("UPDATE jobs SET tag = 9 WHERE id = $1", struck)
+        assert await tested.do(queue.claim, busy, "tests", beside_others=True) is None
+    tags = await sql_async("SELECT tag FROM jobs WHERE id = $1", struck)
+    assert [row["tag"] for row in tags] == [9]
+    assert (await tested.take()).job_id == struck
+    assert await tested.do(queue.claim, busy, "tests", beside_others=True) is not None
+
+
 async def test_concurrent_claims_never_share_a_job(tested: Queue, owner: UUID) -> None:
     submitted = {await tested.submit(owner) for _ in range(40)}
     claimed = [job_id for ids in await _together(8, tested.drain) for job_id in ids]

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from core.errors import Stopped
+from core.errors import DatabaseUnavailable, Stopped
 from core.options import UpscaleOptions
 from core.queue import POOL
 from core.settings import Settings
+from db import queue
 from tests.broker import connect_redis
 from tests.requests import body_of, encoded, png, submit, upload
 from tests.web import Web
@@ -383,6 +384,22 @@ def test_a_worker_that_ends_leaves_the_register(client: TestClient, settings: Se
     _run(settings, lambda _: sql("INSERT INTO tallies SELECT 'seen', 0, count(*) FROM workers"))
     assert sql("SELECT count FROM tallies WHERE name = 'seen'") == [(1,)]
     assert sql("SELECT count(*) FROM workers") == [(0,)]
+
+
+def test_a_worker_that_ends_after_a_claim_whose_answer_was_lost_leaves_the_register_too(
+    client: TestClient, settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(client, upload(client, png(2, 2)))
+    claim = queue.claim
+
+    async def answer_lost(*arguments: Any, **named: Any) -> None:
+        await claim(*arguments, **named)
+        raise DatabaseUnavailable("The answer is lost.")
+
+    monkeypatch.setattr(queue, "claim", answer_lost)
+    with open_worker(settings, _Engine(lambda _: None)) as worker, pytest.raises(DatabaseUnavailable):
+        worker.work()
+    assert sql("SELECT status, (SELECT count(*) FROM workers) FROM jobs") == [("PROCESSING", 0)]
 
 
 def test_a_bug_in_what_runs_beside_the_jobs_costs_no_job(

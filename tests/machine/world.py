@@ -155,8 +155,12 @@ class World:
     # What workers do.
 
     async def _register(self, process: Process) -> None:
+        """Let a process be another worker, which brings the attempt that it has in its hands."""
         process.id, process.heard_at = self.next_id(), self.now
-        await workers.register(self.connection, process.id, "tests", "none")
+        attempts = [] if process.attempt is None else [process.attempt]
+        await workers.register(self.connection, process.id, "tests", "none", attempts)
+        if attempts and self._owns(process):
+            process.claimed_as = process.id
 
     def take_hint(self, process: Process, index: int) -> None:
         del self.broker.hints[index % len(self.broker.hints)]

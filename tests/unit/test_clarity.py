@@ -1,11 +1,14 @@
 """The Clarity engine as a whole, on networks of the real geometry with random weights."""
 
+import gc
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
-from core.errors import OutOfMemory, Stopped, UnknownLora
+from core.errors import DeploymentError, OutOfMemory, Stopped, UnknownLora
 from core.options import ColourFix, Sampler, UpscaleOptions
 from tests import tiny
 from worker.upscaler import engines, images, resampling
@@ -270,6 +274,16 @@ def test_the_size_of_a_batch_does_not_change_the_picture(models: Path, engine: C
     assert _difference(alone, batched).max() <= 1
 
 
+@pytest.mark.parametrize(("precision", "levels"), [("fp16", 2), ("bf16", 10)])
+def test_half_precision_gives_the_same_picture_but_for_rounding(
+    models: Path, engine: Clarity, precision: Literal["fp16", "bf16"], levels: int
+) -> None:
+    picture = _photo(112, 80)
+    difference = _difference(_upscale(_load(models, precision=precision), picture), _upscale(engine, picture))
+    assert 0 < difference.max() <= levels
+    assert difference.mean() < 1
+
+
 # Jobs one after the other ---------------------------------------------------------------------------------------------
 
 
@@ -279,6 +293,14 @@ def test_the_same_seed_gives_the_same_picture_and_another_one_does_not(engine: C
     assert np.array_equal(first.rgb, _upscale(engine, picture).rgb)
     assert _difference(first, _upscale(engine, picture, seed=8)).max() > 0
     assert _upscale(engine, picture, seed=2**63 - 1).rgb.shape == first.rgb.shape
+
+
+def test_the_picture_is_the_one_that_it_has_been_so_far(engine: Clarity) -> None:
+    """Any change that moves it is meant, and then so is a new file beside this one."""
+    with Image.open(Path(__file__).parent / "clarity.png") as file:
+        before = np.asarray(file).astype(np.float64)
+    noise = np.mean((_upscale(engine, _photo(48, 32), prompt="(fur:1.2), a cat").rgb - before) ** 2)
+    assert 10 * np.log10(255**2 / max(noise, 1e-9)) > 40
 
 
 def test_a_job_leaves_nothing_behind_for_the_next_one(models: Path, engine: Clarity) -> None:
@@ -315,6 +337,69 @@ def test_progress_rises_with_every_step_up_to_1(engine: Clarity) -> None:
     assert max(np.diff(told)) < 0.35
 
 
+def test_progress_is_told_of_passes_that_invent_nothing(engine: Clarity) -> None:
+    told: list[float] = []
+    options = QUICK.model_copy(update={"scale_factor": 8, "strength": 0})
+    engine.upscale(_photo(20, 20), options, told.append, lambda: False)
+    assert len(set(told)) == 3
+    assert told == sorted(told)
+
+
+def test_on_a_processor_no_call_of_a_network_is_silent(engine: Clarity) -> None:
+    inside: list[bool] = []
+    asked = 0
+
+    def count() -> bool:
+        nonlocal asked
+        asked += any(inside)
+        return False
+
+    def enter(*_: object) -> None:
+        inside.append(True)
+
+    def leave(*_: object) -> None:
+        inside.clear()
+
+    parts = engine.parts
+    networks = [parts.unet, parts.controlnet, parts.vae.get_submodule("encoder"), parts.vae.get_submodule("decoder")]
+    for network in networks:
+        hooks = [network.register_forward_pre_hook(enter), network.register_forward_hook(leave)]
+        before = asked
+        engine.upscale(_photo(16, 16), QUICK, lambda _: None, count)
+        assert asked > before + 10
+        for hook in hooks:
+            hook.remove()
+    before = asked
+    inside.append(True)
+    parts.unet.get_submodule("conv_in")(torch.zeros(1, 4, 8, 8))
+    assert asked == before  # of the jobs nothing is left in the networks
+
+
+def test_the_pace_is_that_of_the_engines_own_gpu_one_evaluation_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Event:
+        """A mark in what a GPU is to do."""
+
+        stream = "the first GPU's"
+
+        def record(self, stream: str = stream) -> None:
+            self.stream = stream
+            happened.append(f"mark {stream}")
+
+        def synchronize(self) -> None:
+            happened.append(f"wait for {self.stream}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", str)
+    told: list[float] = []
+    denoise = clarity.paced(lambda x, _: x, 4, told.append)
+    for _ in range(3):
+        denoise(cast("Tensor", SimpleNamespace(is_cuda=True, device="cuda:1")), 1.0)
+    assert told == [0.25, 0.5, 0.75]
+    assert happened == ["mark cuda:1", *["wait for cuda:1", "mark cuda:1"] * 2]
+
+
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_a_job_that_is_to_stop_does_so_within_one_step(engine: Clarity, after: int) -> None:
     with _counted(engine.parts.unet) as asked, pytest.raises(Stopped):
@@ -346,6 +431,47 @@ def test_when_memory_does_not_do_half_a_batch_is_tried(models: Path, monkeypatch
     assert sizes == [4, 2, 4, 2]
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError(),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)."),
+    ],
+    ids=["cuda", "python", "cpu", "mps"],
+)
+def test_whoever_keeps_the_error_does_not_keep_what_filled_the_memory(
+    engine: Clarity, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    filling: list[weakref.ref[Tensor]] = []
+
+    def fail(denoiser: clarity.TiledDenoiser, x: Tensor, sigma: float) -> Tensor:
+        del denoiser, sigma
+        filling.append(weakref.ref(x))
+        raise failure.with_traceback(None)
+
+    monkeypatch.setattr(clarity.TiledDenoiser, "__call__", fail)
+    gc.disable()  # by itself it comes late, and the next job needs the memory at once
+    try:
+        with pytest.raises(OutOfMemory) as kept:
+            _upscale(engine, _photo(16, 16))
+        failure.__traceback__ = None  # that of the parameter, which pytest keeps
+        assert [one() for one in filling] == [None]
+    finally:
+        gc.enable()
+    assert kept.value.__context__ is None
+
+
+def test_another_error_of_pytorchs_stays_what_it_is(engine: Clarity, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(clarity.TiledDenoiser, "__call__", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        _upscale(engine, _photo(16, 16))
+
+
 def test_small_tiles_are_half_as_wide_and_come_one_by_one(models: Path) -> None:
     engine = _load(models, clarity_batch=4)
     shapes: list[torch.Size] = []
@@ -363,3 +489,40 @@ def test_small_tiles_are_half_as_wide_and_come_one_by_one(models: Path) -> None:
 
 def test_auto_takes_clarity_where_its_weights_are_installed(models: Path) -> None:
     assert engines.load("auto", Config(models_dir=models, device="cpu")).name == "clarity"
+
+
+def test_a_pre_upscaler_that_is_not_there_is_refused_by_the_name_of_its_setting(models: Path) -> None:
+    with pytest.raises(DeploymentError, match=r"^UPSCALED_SUPERRES_WEIGHTS is gone\.safetensors, and there is no"):
+        _load(models, superres_weights="gone.safetensors")
+
+
+def test_on_request_each_block_of_both_networks_is_compiled_and_else_none(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+
+    def note(module: nn.Module, **how: object) -> None:
+        assert how == {"dynamic": False}
+        compiled.append(type(module).__name__)
+
+    monkeypatch.setattr(nn.Module, "compile", note)
+    parts = _load(models).parts
+    assert compiled == []
+    Clarity(parts, None, Config(models_dir=models, clarity_compile=True))
+    blocks = {"BasicTransformerBlock": 16 + 7, "ResnetBlock2D": 22 + 10}
+    assert {name: compiled.count(name) for name in set(compiled)} == blocks
+
+
+def test_a_compiler_that_fails_stops_the_worker_with_the_name_of_the_setting(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def note(*_: object, **__: object) -> None:
+        pass
+
+    def fail(*_: object) -> None:
+        raise TorchDynamoException("no compiler")
+
+    monkeypatch.setattr(nn.Module, "compile", note)
+    monkeypatch.setattr(clarity.Clarity, "upscale", fail)
+    with pytest.raises(DeploymentError, match=r"^UPSCALED_CLARITY_COMPILE is set, which fails here: no compiler"):
+        _load(models, clarity_compile=True)

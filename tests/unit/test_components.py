@@ -296,6 +296,19 @@ def test_a_file_that_is_cut_off_is_named_in_one_line(models: Path, file: str) ->
         load(models)
     assert str(path.parent) in str(caught.value)
     assert "\n" not in str(caught.value)
+    if path.suffix == ".safetensors":
+        assert "deserializing header" in str(caught.value)
+
+
+@pytest.mark.parametrize("lost", [["vocab.json", "merges.txt"], ["vocab.json"], []])
+def test_a_tokenizer_without_its_words_is_refused(models: Path, lost: list[str]) -> None:
+    folder = models / "base/tokenizer"
+    for name in lost:
+        (folder / name).unlink()
+    if not lost:
+        shutil.rmtree(folder)
+    with pytest.raises(DeploymentError, match=f"^{re.escape(str(folder))} cannot be loaded: .*(words|vocab|folder)"):
+        load(models)
 
 
 @pytest.mark.parametrize("part", NETWORKS)
@@ -322,6 +335,8 @@ def test_weights_of_another_model_are_refused(installed: Path, written: tiny.Com
 def test_a_checkpoint_or_a_device_that_is_not_there_is_named(installed: Path, tmp_path: Path) -> None:
     with pytest.raises(DeploymentError, match=r"UPSCALED_CLARITY_CHECKPOINT is .*/none\.safetensors, which is neither"):
         load(installed, tmp_path / "none.safetensors")
+    with pytest.raises(DeploymentError, match=r"UPSCALED_CLARITY_CHECKPOINT is .*, which is neither"):
+        load(installed, tmp_path)
     with pytest.raises(DeploymentError, match="UPSCALED_DEVICE is cuda:99, which cannot be used: "):
         load(installed, device="cuda:99")
 

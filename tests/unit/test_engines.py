@@ -1,6 +1,7 @@
 """The choice of an engine."""
 
 import logging
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,22 @@ def test_auto_falls_back_to_lanczos_with_one_warning_that_says_how_to_get_more(
 def test_clarity_without_weights_is_refused_with_the_command_that_fetches_them(tmp_path: Path) -> None:
     with pytest.raises(DeploymentError, match=r"^UPSCALED_ENGINE is clarity, but .* `upscaled models pull` fetches"):
         engines.load("clarity", Config(models_dir=tmp_path))
+
+
+def test_missing_weights_are_told_before_torch_is_loaded(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from core.errors import DeploymentError
+from worker.upscaler import engines
+try:
+    engines.load("clarity", engines.Config(models_dir=Path(sys.argv[1])))
+except DeploymentError:
+    assert not {"torch", "diffusers"} & set(sys.modules)
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == "refused\n"
 
 
 def test_an_unknown_choice_is_refused_with_the_choices() -> None:

@@ -1,9 +1,16 @@
 """Settings: read from the environment, and wrong ones named in one line."""
 
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import cast
+
 import pytest
+from pydantic.fields import FieldInfo
 
 from core.errors import DeploymentError
-from core.settings import load_settings
+from core.settings import ModelSettings, Settings, load_settings
+from worker.upscaler.engines import Config
 
 GOOD = {
     "UPSCALED_DATABASE_URL": "postgresql://me@localhost/db",
@@ -43,6 +50,13 @@ def test_a_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch, name: str) 
         ("UPSCALED_OUTBOUND_ALLOW", "10.0.0.0/8,everything"),
         ("UPSCALED_WEBHOOK_RETRY_SECONDS", "5,soon"),
         ("UPSCALED_LOG_LEVEL", "LOUD"),
+        ("UPSCALED_CLARITY_PRESET", "best"),
+        ("UPSCALED_CLARITY_HINT", "none"),
+        ("UPSCALED_CLARITY_BATCH", "-1"),
+        ("UPSCALED_CLARITY_COMPILE", "perhaps"),
+        ("UPSCALED_DEVICE", "gpu"),
+        ("UPSCALED_DEVICE", "cuda:one"),
+        ("UPSCALED_PRECISION", "fp8"),
     ],
 )
 def test_a_wrong_setting_is_named_and_a_secret_never_shown(
@@ -52,6 +66,33 @@ def test_a_wrong_setting_is_named_and_a_secret_never_shown(
     with pytest.raises(DeploymentError, match=name) as caught:
         load_settings()
     assert "too short a secret" not in str(caught.value)
+
+
+def test_an_engine_is_told_what_the_settings_say_and_has_the_same_defaults() -> None:
+    settings = {name: field.default for name, field in ModelSettings.model_fields.items()}
+    assert {field.name: field.default for field in fields(Config)} == settings
+
+
+def test_every_setting_is_documented_and_no_other() -> None:
+    page = (Path(__file__).parents[2] / "docs/settings.md").read_text()
+    rows = re.findall(r"^\| `UPSCALED_(\w+)` \| (\S+) \|", page, flags=re.MULTILINE)
+    shown = {name.lower(): default for name, default in rows}
+    assert len(rows) == len(shown)
+    assert shown == {name: _shown(field) for name, field in Settings.model_fields.items()}
+
+
+def _shown(field: FieldInfo) -> str:
+    """Return a default as the page writes it."""
+    value = field.default
+    if field.is_required():
+        return "required"
+    if value in ("", ()):
+        return "none"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, tuple):
+        return f"`{','.join(map(str, cast('tuple[object, ...]', value)))}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def test_lists_are_written_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:

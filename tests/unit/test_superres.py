@@ -310,8 +310,9 @@ def test_what_memory_cannot_hold_is_out_of_memory(failure: type[Exception], monk
         raise failure
 
     monkeypatch.setattr(_Noted, "enlarge", full)
-    with pytest.raises(OutOfMemory, match="40 x 20 pixels"):
+    with pytest.raises(OutOfMemory, match="40 x 20 pixels") as kept:
         enlarge(_noise(20, 10), Size(width=40, height=20), _Noted(2), _go_on)
+    assert kept.value.__context__ is None  # who keeps the error does not keep what filled the memory
 
 
 # Loading --------------------------------------------------------------------------------------------------------------

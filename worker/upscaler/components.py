@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -54,11 +55,7 @@ def load(models_dir: Path, *, checkpoint: str, device: str, precision: str) -> C
     Raises:
         DeploymentError: weights are missing, cannot be read or are not such weights, or there is no such device.
     """
-    if missing := weights.missing(models_dir, checkpoint):
-        raise DeploymentError(
-            f"UPSCALED_ENGINE is clarity, but these weights are missing: {', '.join(map(str, missing))}; "
-            "`upscaled models pull` fetches them."
-        )
+    weights.require(models_dir, checkpoint)
     place = choose_device(device)
     dtype = choose_dtype(precision, place)
     base = _base(models_dir / "base", checkpoint)
@@ -67,7 +64,7 @@ def load(models_dir: Path, *, checkpoint: str, device: str, precision: str) -> C
         controlnet = _network(ControlNetModel, _file_in(models_dir / "controlnet"), models_dir / "controlnet", dtype)
         vae = _vae(models_dir / "vae", torch.float32 if dtype is torch.float16 else dtype)
         text_encoder = _text_encoder(base.text_encoder, base.configs / "text_encoder", dtype)
-        tokenizer = _tokenizer(base.configs / "tokenizer")
+        tokenizer = _tokenizer(base.configs / "tokenizer", text_encoder.config.vocab_size)
     hint_encoder = split_hint_encoder(controlnet)
     for network in (unet, controlnet, hint_encoder, vae, text_encoder):
         settle(network, place)
@@ -95,7 +92,7 @@ class _Base(NamedTuple):
 
 def _base(installed: Path, checkpoint: str) -> _Base:
     chosen = Path(checkpoint) if checkpoint else installed
-    if chosen.is_dir():
+    if (chosen / "unet").is_dir():
         return _Base(_file_in(chosen / "unet"), _file_in(chosen / "text_encoder"), chosen)
     if chosen.is_file() and chosen.suffix == ".safetensors":
         return _Base(chosen, chosen, installed)
@@ -177,9 +174,15 @@ def _text_encoder(file: Path, config: Path, dtype: torch.dtype) -> CLIPTextModel
         return model
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def _tokenizer(folder: Path, words: int) -> CLIPTokenizer:
+    """Read the tokenizer, which without files of words would be one that knows none, and say so to nobody."""
     with _naming(folder):
-        return cast("_Reader[CLIPTokenizer]", CLIPTokenizer).from_pretrained(str(folder), local_files_only=True)
+        if not folder.is_dir():
+            raise FileNotFoundError("there is no such folder.")
+        tokenizer = cast("_Reader[CLIPTokenizer]", CLIPTokenizer).from_pretrained(str(folder), local_files_only=True)
+        if len(tokenizer) != words:
+            raise ValueError(f"it knows {len(tokenizer)} words, the text encoder {words}.")
+        return tokenizer
 
 
 def settle(network: nn.Module, device: torch.device) -> None:
@@ -202,8 +205,13 @@ def _naming(source: Path) -> Generator[None]:
         raise DeploymentError(f"{source} cannot be loaded: {_brief(error)}") from error
 
 
-def _brief(error: Exception) -> str:
-    return shorten(str(error), 200, placeholder=" …") or type(error).__name__
+def _brief(error: BaseException) -> str:
+    """Shorten what an error says, or what was wrong with a damaged file behind it, which diffusers leaves out."""
+    shown, cause = error, error
+    while (cause := cause.__context__) is not None:
+        if isinstance(cause, SafetensorError):
+            shown = cause
+    return shorten(str(shown), 200, placeholder=" …") or type(shown).__name__
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import ceil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -72,10 +72,10 @@ def enlarge(rgb: Levels, size: Size, network: "Network | None", check: Callable[
     """
     if network is None:
         return resample(Picture(rgb), size, check).rgb
-    try:
+    with suppress(MemoryError, torch.OutOfMemoryError):
         return _run_to(rgb, size, network, check)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(f"There is not enough memory for {size.width} x {size.height} pixels.") from error
+    # Not while that is handled: whoever keeps this error would keep that one, and with it what filled the memory.
+    raise OutOfMemory(f"There is not enough memory for {size.width} x {size.height} pixels.")
 
 
 def _run_to(rgb: Levels, size: Size, network: "Network", check: Callable[[], None]) -> Levels:
@@ -168,7 +168,7 @@ def load(path: Path, device: torch.device) -> Network:
     try:
         loaded = spandrel.ModelLoader(torch.device("cpu")).load_from_file(path)
     except (SafetensorError, spandrel.UnsupportedModelError, *_DAMAGED) as error:
-        reason = str(error).partition("\n")[0]  # PyTorch goes on with a line for each weight
+        reason = str(error).partition("\n")[0].strip() or type(error).__name__  # PyTorch adds a line for each weight
         raise DeploymentError(f"{path} is damaged, or no network that spandrel knows: {reason}") from error
     model = cast("_Model", loaded)
     channels = (model.input_channels, model.output_channels)

@@ -235,6 +235,19 @@ def missing(models_dir: Path, checkpoint: str = "") -> list[Path]:
     return [folder for folder in folders if not any(folder.glob(_WEIGHTS))]
 
 
+def require(models_dir: Path, checkpoint: str = "") -> None:
+    """Refuse to go on without the weights that Clarity needs.
+
+    Raises:
+        DeploymentError: some are missing; the sentence names the command that fetches them.
+    """
+    if folders := missing(models_dir, checkpoint):
+        raise DeploymentError(
+            f"UPSCALED_ENGINE is clarity, but these weights are missing: {', '.join(map(str, folders))}; "
+            "`upscaled models pull` fetches them."
+        )
+
+
 def preupscaler(models_dir: Path) -> Path | None:
     """Return the file of the pre-upscaler that is installed, whichever it is."""
     return min((models_dir / "preupscaler").glob(_WEIGHTS), default=None)

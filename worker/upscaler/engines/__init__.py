@@ -61,6 +61,7 @@ def load(choice: str, config: Config = DEFAULTS) -> Engine:
 
 
 def _load_clarity(config: Config) -> Engine:
+    weights.require(config.models_dir, config.clarity_checkpoint)  # before the seconds that the next line takes
     from worker.upscaler.engines import clarity  # it brings torch and diffusers, which no other engine needs
 
     return clarity.load(config)

@@ -5,16 +5,22 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional
 
-from core.errors import OutOfMemory, Stopped
+from core.errors import DeploymentError, OutOfMemory, Stopped
 from core.options import UpscaleOptions
 from worker.upscaler import components, schedules, superres, weights
+from worker.upscaler.canvas import padded, to_levels, to_tensor
 from worker.upscaler.colour import restore_colours, sharpen
 from worker.upscaler.components import Components
 from worker.upscaler.engine import Levels, Picture
@@ -36,7 +42,13 @@ MEMORY_SHARE = 0.8
 
 VAE_TILE_PIXELS = 1024
 
+MAX_COMPILED_SHAPES = 1024
+"""How often a block may be compiled: for each of its widths in the network, size of a tile and size of a batch."""
+
 Denoise: TypeAlias = Callable[[Tensor, float], Tensor]
+
+_EXHAUSTED = ("allocate memory", "out of memory")
+"""What PyTorch says when it has no memory left and has no name for that: of a processor, or of Apple's GPUs."""
 
 ENCODED, DENOISED = 0.05, 0.9
 """How far a pass has come once its picture is encoded, and once its noise is gone."""
@@ -48,11 +60,13 @@ def load(config: Config) -> "Clarity":
     """Read the weights and warm up.
 
     Raises:
-        DeploymentError: weights are missing or unfit; the sentence names the command that fetches them.
+        DeploymentError: weights are missing or unfit, or the networks cannot be compiled here.
     """
     parts = components.load(
         config.models_dir, checkpoint=config.clarity_checkpoint, device=config.device, precision=config.precision
     )
+    if parts.device.type == "cpu":
+        logger.warning("Clarity runs without a GPU: a megapixel takes minutes.")
     engine = Clarity(parts, _load_network(config, parts.device), config)
     engine.warm_up()
     return engine
@@ -60,10 +74,25 @@ def load(config: Config) -> "Clarity":
 
 def _load_network(config: Config, device: torch.device) -> Network | None:
     file = Path(config.superres_weights) if config.superres_weights else weights.preupscaler(config.models_dir)
+    if config.superres_weights and not Path(config.superres_weights).is_file():
+        raise DeploymentError(f"UPSCALED_SUPERRES_WEIGHTS is {config.superres_weights}, and there is no such file.")
     if file is None:
         logger.warning("No pre-upscaling network is installed: Lanczos enlarges pictures before diffusion.")
         return None
     return superres.load(file, device)
+
+
+def _compile_blocks(*networks: nn.Module) -> None:
+    """Let the blocks of which the networks consist be compiled when they are first called, anew for each shape.
+
+    A block takes seconds, and equal ones share the code; a network as a whole takes minutes, all of them silent. LoRAs
+    merged into the weights count, for the code has them as inputs. Tiles have few shapes, so all are fixed.
+    """
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = MAX_COMPILED_SHAPES
+    for network in networks:
+        for block in network.modules():
+            if isinstance(block, BasicTransformerBlock | ResnetBlock2D):
+                block.compile(dynamic=False)  # pyright: ignore[reportUnknownMemberType]
 
 
 @dataclass(frozen=True)
@@ -94,12 +123,14 @@ class Clarity:
         self._loras = Loras(config.models_dir / "loras", parts.unet, parts.text_encoder)
         self._bytes_per_cell: float | None = None
         if config.clarity_compile:
-            # In place, so that LoRAs merged into the weights count. Tiles have few shapes: one graph for each.
-            for module in (parts.unet, parts.controlnet):
-                module.compile(dynamic=False)  # pyright: ignore[reportUnknownMemberType]
+            _compile_blocks(parts.unet, parts.controlnet)
 
     def warm_up(self) -> None:
-        """Run a tile of the default size, where the first job would be slower for it, and learn its memory."""
+        """Run a tile of the default size, where the first job would be slower for it, and learn its memory.
+
+        Raises:
+            DeploymentError: the networks cannot be compiled here.
+        """
         on_cuda = self.parts.device.type == "cuda"
         if not on_cuda and not self._config.clarity_compile:
             return
@@ -109,8 +140,13 @@ class Clarity:
             torch.backends.cudnn.benchmark = True
         for _ in range(2):  # the second time nothing is compiled or chosen any more
             self._bytes_per_cell = None
-            self.upscale(Picture(grey), options, lambda _: None, lambda: False)
-        logger.info("warm; a cell of a tile takes %.0f bytes", self._bytes_per_cell or 0)
+            try:
+                self.upscale(Picture(grey), options, lambda _: None, lambda: False)
+            except TorchDynamoException as error:
+                reason = shorten(str(error), 200, placeholder=" …")
+                raise DeploymentError(f"UPSCALED_CLARITY_COMPILE is set, which fails here: {reason}") from error
+        if self._bytes_per_cell is not None:
+            logger.info("a cell of a tile takes %.0f bytes", self._bytes_per_cell)
 
     @torch.inference_mode()
     def upscale(
@@ -122,7 +158,8 @@ class Clarity:
     ) -> Picture:
         """Enlarge as `Engine.upscale` says; `should_stop` is asked before every batch of tiles.
 
-        At strength 0 nothing is invented: the picture is enlarged by the pre-upscaling network, or by Lanczos.
+        On a processor, where a batch may take minutes, it is asked before every layer, too. At strength 0 nothing is
+        invented: the picture is enlarged by the pre-upscaling network, or by Lanczos.
 
         Raises:
             Stopped: `should_stop()` answered true.
@@ -134,17 +171,32 @@ class Clarity:
             if should_stop():
                 raise Stopped("The upscaling was told to stop.")
 
+        try:
+            with self._asking(check):
+                return self._upscaled(picture, options, on_progress, check)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_exhaustion(error):
+                raise
+            logger.warning("out of memory: %s", error)
+        # As in `_pass` not in the handler: whoever keeps this error would keep that one, and what filled the memory.
+        raise OutOfMemory("There is not enough memory for the canvas, or for a tile.")
+
+    def _upscaled(
+        self,
+        picture: Picture,
+        options: UpscaleOptions,
+        on_progress: Callable[[float], None],
+        check: Callable[[], None],
+    ) -> Picture:
         plan = passes(picture.width, picture.height, options)
         tilings = [self._tiling(one, options) for one in plan]
-        progress = _Progress(on_progress, [layout.count for layout in tilings])
-        with _translated():
-            job = self._begin(options, check, progress)
-            rgb = picture.rgb
-            for one, layout in zip(plan, tilings, strict=True):
-                rgb = self._pass(rgb, one, layout, job)
-            if options.sharpen:
-                rgb = _to_levels(sharpen(self._to_tensor(rgb), options.sharpen))
-            alpha = None if picture.alpha is None else resample_alpha(picture.alpha, plan[-1].size, check)
+        job = self._begin(options, check, _Progress(on_progress, [layout.count for layout in tilings]))
+        rgb = picture.rgb
+        for one, layout in zip(plan, tilings, strict=True):
+            rgb = self._pass(rgb, one, layout, job)
+        if options.sharpen:
+            rgb = to_levels(sharpen(to_tensor(rgb, self.parts.device), options.sharpen))
+        alpha = None if picture.alpha is None else resample_alpha(picture.alpha, plan[-1].size, check)
         on_progress(1.0)
         return Picture(rgb, alpha)
 
@@ -163,6 +215,7 @@ class Clarity:
         job.progress.begin()
         enlarged = superres.enlarge(rgb, one.size, self._network, job.check)
         if not one.strength:
+            job.progress.move(1.0)
             return enlarged
         batch = self._batch(layout, job.options)
         try:
@@ -178,7 +231,7 @@ class Clarity:
     def _diffuse(self, rgb: Levels, enlarged: Levels, one: Pass, layout: Tiling, batch: int, job: _Job) -> Levels:
         """Add noise to the enlarged picture and take it out again; `rgb` is what it was enlarged from."""
         options, parts = job.options, self.parts
-        picture = _padded(self._to_tensor(enlarged), one.canvas)
+        picture = padded(to_tensor(enlarged, self.parts.device), one.canvas)
         features = self._features(rgb, picture, one, job) if options.control_scale else None
         latents = job.vae.encode(picture, job.check)
         job.progress.move(ENCODED)
@@ -196,7 +249,12 @@ class Clarity:
             batch=batch,
             check=job.check,
         )
-        denoise = self._paced(denoiser, count_evaluations(options.sampler, sigmas), job.progress)
+        evaluations = count_evaluations(options.sampler, sigmas)
+
+        def move(fraction: float) -> None:
+            job.progress.move(ENCODED + (DENOISED - ENCODED) * fraction)
+
+        denoise = paced(denoiser, evaluations, move)
         with self._measured(layout, batch):
             latents = sample(options.sampler, denoise, latents + sigmas[0] * noise(), sigmas, noise)
 
@@ -204,39 +262,38 @@ class Clarity:
         kind = self._preset.colour_fix if options.colour_fix is None else options.colour_fix
         diffused = restore_colours(kind, diffused, picture)
         job.progress.move(1.0)
-        return _to_levels(diffused[:, :, : one.size.height, : one.size.width])
+        return to_levels(diffused[:, :, : one.size.height, : one.size.width])
 
     def _features(self, rgb: Levels, picture: Tensor, one: Pass, job: _Job) -> Tensor:
         """Return what the ControlNet makes of its hint: the pass's input, enlarged without a network, or `picture`."""
         hint = picture
         if self._config.clarity_hint == "input":
             size = (one.size.height, one.size.width)
-            enlarged = functional.interpolate(self._to_tensor(rgb), size, mode="bicubic").clamp_(0, 1)
-            hint = _padded(enlarged, one.canvas)
+            enlarged = functional.interpolate(to_tensor(rgb, self.parts.device), size, mode="bicubic").clamp_(0, 1)
+            hint = padded(enlarged, one.canvas)
         return hint_features(self.parts.hint_encoder, hint, job.check)
 
-    def _paced(self, denoise: Denoise, evaluations: int, progress: "_Progress") -> Denoise:
-        """Tell how far it is after each evaluation, and stay no more than one of them ahead of a GPU.
+    @contextmanager
+    def _asking(self, check: Callable[[], None]) -> Generator[None]:
+        """Call `check` before every layer on a processor: a large tile takes longer there than a worker may be silent.
 
-        Work is only queued there. Without a pace the progress would be that of the queueing, and a job that is to stop
-        would have all its steps in the queue by then.
+        Not where code is compiled: it would keep the first job's `check`.
         """
-        done = 0
-        before: torch.cuda.Event | None = None
+        if self.parts.device.type == "cuda" or self._config.clarity_compile:
+            yield
+            return
 
-        def paced(x: Tensor, sigma: float) -> Tensor:
-            nonlocal done, before
-            denoised = denoise(x, sigma)
-            if x.is_cuda:
-                if before is not None:
-                    before.synchronize()
-                before = torch.cuda.Event()
-                before.record()
-            done += 1
-            progress.move(ENCODED + (DENOISED - ENCODED) * done / evaluations)
-            return denoised
+        def ask(*_: object) -> None:
+            check()
 
-        return paced
+        networks: tuple[nn.Module, ...] = (self.parts.unet, self.parts.controlnet, self.parts.vae)
+        layers = [part for network in networks for part in network.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+        hooks = [layer.register_forward_pre_hook(ask) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def _measured(self, layout: Tiling, batch: int) -> Generator[None]:
@@ -267,9 +324,29 @@ class Clarity:
             most = min(max(fitting, 1), MAX_BATCH)
         return balanced_batch(layout.count, most)
 
-    def _to_tensor(self, rgb: Levels) -> Tensor:
-        """Return (1, 3, height, width) of 0 to 1 on the engine's device."""
-        return torch.tensor(rgb).to(self.parts.device).permute(2, 0, 1)[None].float() / 255
+
+def paced(denoise: Denoise, evaluations: int, on_progress: Callable[[float], None]) -> Denoise:
+    """Tell after each of the evaluations what fraction is done, and stay no more than one of them ahead of a GPU.
+
+    Work is only queued there. Without a pace the progress would be that of the queueing, and a job that is to stop
+    would have all its steps in the queue by then.
+    """
+    done = 0
+    before: torch.cuda.Event | None = None
+
+    def paced(x: Tensor, sigma: float) -> Tensor:
+        nonlocal done, before
+        denoised = denoise(x, sigma)
+        if x.is_cuda:
+            if before is not None:
+                before.synchronize()
+            before = torch.cuda.Event()
+            before.record(torch.cuda.current_stream(x.device))  # left out, it would be that of the first GPU
+        done += 1
+        on_progress(done / evaluations)
+        return denoised
+
+    return paced
 
 
 def _tile(options: UpscaleOptions) -> Size:
@@ -278,35 +355,9 @@ def _tile(options: UpscaleOptions) -> Size:
     return Size(width=options.tile_width // shrink, height=options.tile_height // shrink)
 
 
-def _to_levels(picture: Tensor) -> Levels:
-    levels = (picture[0].clamp(0, 1) * 255).round().to(torch.uint8)
-    return levels.permute(1, 2, 0).contiguous().cpu().numpy()
-
-
-def _padded(picture: Tensor, canvas: Size) -> Tensor:
-    """Continue the picture to the right and downwards by its mirror image, as often as it takes."""
-    height, width = picture.shape[-2:]
-    if (width, height) == canvas:
-        return picture
-    rows, columns = (_mirrored(*axis).to(picture.device) for axis in ((height, canvas.height), (width, canvas.width)))
-    return picture[:, :, rows][:, :, :, columns]
-
-
-def _mirrored(length: int, canvas: int) -> Tensor:
-    place = torch.arange(canvas) % (2 * length)
-    return torch.where(place < length, place, 2 * length - 1 - place)
-
-
-@contextmanager
-def _translated() -> Generator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory("The device has not enough memory for a tile.") from error
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # what PyTorch says when the processor's memory is exhausted
-            raise
-        raise OutOfMemory("There is not enough memory for the canvas.") from error
+def _is_exhaustion(error: MemoryError | RuntimeError) -> bool:
+    named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return named or any(words in str(error) for words in _EXHAUSTED)
 
 
 class _Progress:
