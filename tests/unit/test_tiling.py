@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.upscaler.plan import Size, Span, Tiling, tiling
+from worker.upscaler.plan import Size, Span, Tiling, fitting_batch, tiling
 
 CLARITY_TILE = Size(width=112, height=144)
 
@@ -223,3 +223,12 @@ def test_a_constant_field_comes_back_from_its_tiles(feathered: bool) -> None:
                 for x, across_weight in zip(range(*column), across, strict=True):
                     field[y][x] += 0.7 * down_weight * across_weight
     assert [value for line in field for value in line] == pytest.approx([0.7] * 57 * 41, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("free", "tile", "batch"), [(100, 10, 8), (50, 10, 4), (12.5, 10, 1), (1, 10, 1), (0, 10, 1), (10**12, 1, 8)]
+)
+def test_a_batch_takes_four_fifths_of_the_free_memory_at_most_and_is_never_empty(
+    free: float, tile: float, batch: int
+) -> None:
+    assert fitting_batch(free, tile) == batch

@@ -16,6 +16,11 @@ CELL_PIXELS = 8
 MIN_CANVAS_PIXELS = 64
 """Shortest side that diffusion works on: the network halves the latents three times."""
 
+_MAX_BATCH = 8
+
+_MEMORY_SHARE = 0.8
+"""How much of the free memory a batch may take."""
+
 _WORTH_A_PASS = 1.01
 """What a further pass must enlarge by; for less, the pass before it goes as much beyond 2×."""
 
@@ -214,6 +219,11 @@ def _ramps(tile: int, rise: int, fall: int) -> list[float]:
     rising = [(index + 0.5) / rise for index in range(rise)] + [1.0] * (tile - rise)
     falling = [1.0] * (tile - fall) + [(index + 0.5) / fall for index in reversed(range(fall))]
     return [min(pair) for pair in zip(rising, falling, strict=True)]
+
+
+def fitting_batch(free_bytes: float, tile_bytes: float) -> int:
+    """Tell how many tiles may go through the networks together, by what one takes; by 8 a device is full."""
+    return min(max(int(_MEMORY_SHARE * free_bytes / tile_bytes), 1), _MAX_BATCH)
 
 
 def balanced_batch(count: int, most: int) -> int:

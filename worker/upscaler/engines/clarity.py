@@ -26,19 +26,13 @@ from worker.upscaler.components import Components
 from worker.upscaler.engine import Levels, Picture
 from worker.upscaler.engines import Config
 from worker.upscaler.loras import Loras
-from worker.upscaler.plan import CELL_PIXELS, PRESETS, Pass, Size, Tiling, balanced_batch, passes, tiling
+from worker.upscaler.plan import CELL_PIXELS, PRESETS, Pass, Size, Tiling, balanced_batch, fitting_batch, passes, tiling
 from worker.upscaler.prompts import Conditioning, PromptEncoder, extract_loras, load_embeddings
 from worker.upscaler.resampling import resample_alpha
 from worker.upscaler.samplers import Noise, count_evaluations, sample
 from worker.upscaler.superres import Network
 from worker.upscaler.tiled import TiledDenoiser, hint_features
 from worker.upscaler.vae import TiledVae
-
-MAX_BATCH = 8
-"""Tiles that go through the networks together at most: by then a device is full."""
-
-MEMORY_SHARE = 0.8
-"""How much of the free memory a batch may take, by what one tile took."""
 
 VAE_TILE_PIXELS = 1024
 
@@ -320,8 +314,7 @@ class Clarity:
                 return 1
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             free = torch.cuda.mem_get_info(device)[0] + unused
-            fitting = int(MEMORY_SHARE * free / (self._bytes_per_cell * layout.tile.width * layout.tile.height))
-            most = min(max(fitting, 1), MAX_BATCH)
+            most = fitting_batch(free, self._bytes_per_cell * layout.tile.width * layout.tile.height)
         return balanced_batch(layout.count, most)
 
 
