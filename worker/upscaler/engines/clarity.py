@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from worker.upscaler.loras import Loras
 from worker.upscaler.plan import CELL_PIXELS, PRESETS, Pass, Size, Tiling, balanced_batch, fitting_batch, passes, tiling
 from worker.upscaler.prompts import Conditioning, PromptEncoder, extract_loras, load_embeddings
 from worker.upscaler.resampling import resample_alpha
-from worker.upscaler.samplers import Noise, count_evaluations, sample
+from worker.upscaler.samplers import Denoise, Noise, count_evaluations, sample
 from worker.upscaler.superres import Network
 from worker.upscaler.tiled import TiledDenoiser, hint_features
 from worker.upscaler.vae import TiledVae
@@ -38,8 +37,6 @@ VAE_TILE_PIXELS = 1024
 
 MAX_COMPILED_SHAPES = 1024
 """How often a block may be compiled: for each of its widths in the network, size of a tile and size of a batch."""
-
-Denoise: TypeAlias = Callable[[Tensor, float], Tensor]
 
 _EXHAUSTED = ("allocate memory", "out of memory")
 """What PyTorch says when it has no memory left and has no name for that: of a processor, or of Apple's GPUs."""
@@ -67,9 +64,11 @@ def load(config: Config) -> "Clarity":
 
 
 def _load_network(config: Config, device: torch.device) -> Network | None:
-    file = Path(config.superres_weights) if config.superres_weights else weights.preupscaler(config.models_dir)
-    if config.superres_weights and not Path(config.superres_weights).is_file():
-        raise DeploymentError(f"UPSCALED_SUPERRES_WEIGHTS is {config.superres_weights}, and there is no such file.")
+    if chosen := config.superres_weights:
+        if not Path(chosen).is_file():
+            raise DeploymentError(f"UPSCALED_SUPERRES_WEIGHTS is {chosen}, and there is no such file.")
+        return superres.load(Path(chosen), device)
+    file = weights.preupscaler(config.models_dir)
     if file is None:
         logger.warning("No pre-upscaling network is installed: Lanczos enlarges pictures before diffusion.")
         return None
@@ -125,14 +124,11 @@ class Clarity:
         Raises:
             DeploymentError: the networks cannot be compiled here.
         """
-        on_cuda = self.parts.device.type == "cuda"
-        if not on_cuda and not self._config.clarity_compile:
+        if self.parts.device.type != "cuda" and not self._config.clarity_compile:
             return
         options = UpscaleOptions(scale_factor=1, strength=0.01, steps=1)
         grey = np.full((options.tile_height * CELL_PIXELS, options.tile_width * CELL_PIXELS, 3), 128, np.uint8)
-        if on_cuda:
-            torch.backends.cudnn.benchmark = True
-        for _ in range(2):  # the second time nothing is compiled or chosen any more
+        for _ in range(2):  # the second time nothing is compiled any more
             self._bytes_per_cell = None
             try:
                 self.upscale(Picture(grey), options, lambda _: None, lambda: False)
@@ -225,7 +221,7 @@ class Clarity:
     def _diffuse(self, rgb: Levels, enlarged: Levels, one: Pass, layout: Tiling, batch: int, job: _Job) -> Levels:
         """Add noise to the enlarged picture and take it out again; `rgb` is what it was enlarged from."""
         options, parts = job.options, self.parts
-        picture = padded(to_tensor(enlarged, self.parts.device), one.canvas)
+        picture = padded(to_tensor(enlarged, parts.device), one.canvas)
         features = self._features(rgb, picture, one, job) if options.control_scale else None
         latents = job.vae.encode(picture, job.check)
         job.progress.move(ENCODED)
@@ -243,12 +239,11 @@ class Clarity:
             batch=batch,
             check=job.check,
         )
-        evaluations = count_evaluations(options.sampler, sigmas)
 
         def move(fraction: float) -> None:
             job.progress.move(ENCODED + (DENOISED - ENCODED) * fraction)
 
-        denoise = paced(denoiser, evaluations, move)
+        denoise = paced(denoiser, count_evaluations(options.sampler, sigmas), move)
         with self._measured(layout, batch):
             latents = sample(options.sampler, denoise, latents + sigmas[0] * noise(), sigmas, noise)
 
@@ -327,7 +322,7 @@ def paced(denoise: Denoise, evaluations: int, on_progress: Callable[[float], Non
     done = 0
     before: torch.cuda.Event | None = None
 
-    def paced(x: Tensor, sigma: float) -> Tensor:
+    def evaluate(x: Tensor, sigma: float) -> Tensor:
         nonlocal done, before
         denoised = denoise(x, sigma)
         if x.is_cuda:
@@ -339,7 +334,7 @@ def paced(denoise: Denoise, evaluations: int, on_progress: Callable[[float], Non
         on_progress(done / evaluations)
         return denoised
 
-    return paced
+    return evaluate
 
 
 def _tile(options: UpscaleOptions) -> Size:
