@@ -16,7 +16,7 @@ from api.intake import Idempotency, Intake, fingerprint
 from api.waiting import Watch
 from core.errors import InvalidApiKey, KeyInactive, MissingApiKey
 from core.settings import Settings
-from core.storage import LocalStorage
+from core.storage import Storage
 from db import keys
 from db.keys import KeyRecord
 from db.session import Database
@@ -68,7 +68,7 @@ class Parts:
 
     settings: Settings
     database: Database
-    storage: LocalStorage
+    storage: Storage
     redis: Redis
     intake: Intake
     key_ring: KeyRing

@@ -12,7 +12,7 @@ from api.dependencies import PartsDep
 from api.errors import documented
 from api.headers import names_tag
 from core.errors import Forbidden, NotFound
-from core.storage import CONTENT_TYPES, FILES_PATH
+from core.storage import CONTENT_TYPES, FILES_PATH, LocalStorage
 
 router = APIRouter(prefix=FILES_PATH, tags=["files"])
 
@@ -31,6 +31,8 @@ _DOCUMENTED: dict[int | str, dict[str, Any]] = {
 @router.get("/{key:path}", response_class=FileResponse, responses=_DOCUMENTED)
 async def read(key: str, parts: PartsDep, request: Request, expires: str = "", signature: str = "") -> Response:
     """Return an object to whoever holds its signed URL; no API key is needed."""
+    if not isinstance(parts.storage, LocalStorage):
+        raise NotFound("There is no such object.")
     if not parts.storage.allows(key, expires, signature):
         raise Forbidden("This URL's signature is not valid, or it has expired.")
     path = parts.storage.path(key)

@@ -20,7 +20,7 @@ from core.options import OutputFormat, UpscaleOptions
 from core.outbound import check_url
 from core.queue import Hints
 from core.settings import Settings
-from core.storage import LocalStorage
+from core.storage import Storage
 from db import estimates, queue, uploads
 from db.estimates import State
 from db.models import WebhookEvent
@@ -86,7 +86,7 @@ def draw_seed() -> int:
 class Intake:
     """Takes in images and jobs: validated, stored, recorded, committed, hinted, in that order."""
 
-    def __init__(self, settings: Settings, database: Database, storage: LocalStorage, hints: Hints) -> None:
+    def __init__(self, settings: Settings, database: Database, storage: Storage, hints: Hints) -> None:
         self._settings = settings
         self._database = database
         self._storage = storage
@@ -194,7 +194,7 @@ class Intake:
             return None, (await self.receive(caller_id, data, field)).key
         if image.startswith(UPLOAD_SCHEME):
             return None, await self._find_upload(caller_id, image, field)
-        if (key := self._storage.key_of(image)) is not None:
+        if (key := await self._storage.key_of(image)) is not None:
             return None, key
         try:
             check_url(image)

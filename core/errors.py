@@ -80,6 +80,34 @@ class TooManyQueued(RequestError):
     retry_after_seconds = 10
 
 
+class RateLimited(RequestError):
+    """The API key makes more requests than it may."""
+
+    code = "rate_limited"
+
+    def __init__(self, retry_after_seconds: int) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__("This API key makes more requests than it may: slow down.")
+
+
+class DailyPixelsSpent(RequestError):
+    """The API key has had as many pixels made today as it may; tomorrow, by UTC, it may go on."""
+
+    code = "daily_pixels_spent"
+
+
+class RequestTooSlow(RequestError):
+    """The request came in too slowly to go on waiting for it."""
+
+    code = "request_too_slow"
+
+
+class UploadFailed(RequestError):
+    """The caller's `uploadUrl` did not take the result, which stays readable here."""
+
+    code = "upload_failed"
+
+
 class DeadlineExceeded(RequestError):
     """The time that the caller gave the job was too short, as things went."""
 

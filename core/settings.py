@@ -28,6 +28,10 @@ def _checked_url(url: str) -> str:
     return str(_HTTP_URL.validate_python(url)).rstrip("/")
 
 
+def _checked_url_or_none(url: str) -> str:
+    return url and _checked_url(url)
+
+
 class ModelSettings(BaseSettings):
     """What is told of models; part of `Settings`, and all that the commands about weights need."""
 
@@ -65,7 +69,32 @@ class Settings(ModelSettings):
     public_url: Annotated[str, AfterValidator(_checked_url)] = "http://127.0.0.1:8000"
     """Where clients reach the API: the front of every URL we hand out."""
 
+    encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    """Fernet keys, comma-separated, that seal secrets at rest: the first seals, each opens. None: one made of the
+    secret key."""
+
     storage_dir: Path = Path(".upscaled/storage")
+    """The folder of inputs and results, where no bucket is named."""
+    s3_bucket: str = ""
+    """Where it is set, inputs and results lie in this bucket."""
+    s3_prefix: Annotated[str, Field(pattern=r"^([\w.-]+/)*$")] = ""
+    """What every object's key begins with; ends in a slash."""
+    s3_endpoint: Annotated[str, AfterValidator(_checked_url_or_none)] = ""
+    """Where our processes reach the bucket; none: Amazon's."""
+    s3_public_endpoint: Annotated[str, AfterValidator(_checked_url_or_none)] = ""
+    """Where callers reach it; none: the same."""
+    s3_region: str = "us-east-1"
+    s3_access_key_id: str = ""
+    s3_secret_access_key: SecretStr = SecretStr("")
+    """Without the two boto3 looks for credentials where it always does: its own variables, files, the role."""
+    s3_addressing: Literal["auto", "path", "virtual"] = "auto"
+    """Whether the bucket stands in the path or in the host name."""
+    s3_encryption: Literal["none", "AES256", "aws:kms"] = "none"
+    """What the bucket is asked to encrypt objects with."""
+    s3_kms_key_id: str = ""
+    s3_checksums: Literal["when_required", "when_supported"] = "when_required"
+    """Whether checksums that not every S3 knows are sent and asked for."""
+
     database_pool_size: Annotated[int, Field(ge=1)] = 10
     """Connections to Postgres that one process may hold."""
 
@@ -75,7 +104,13 @@ class Settings(ModelSettings):
     max_input_bytes: Annotated[int, Field(ge=1)] = 25 * 1024 * 1024
     """Largest image file accepted, however it arrives."""
 
+    max_input_side: Annotated[int, Field(ge=1)] = 32_768
+    """Longest side of a picture that is read; its pixels are bounded by those of the output."""
     max_output_pixels: Annotated[int, Field(ge=1)] = 100_000_000
+    max_memory_bytes: Annotated[int, Field(ge=0)] = 0
+    """A picture that would need more is refused; 0: as much as the machine, or the container, has."""
+    decode_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How much time of a processor decoding one picture may take."""
 
     result_ttl_seconds: Annotated[int, Field(ge=60)] = 24 * 3600
     upload_ttl_seconds: Annotated[int, Field(ge=60)] = 2 * 3600
@@ -87,8 +122,15 @@ class Settings(ModelSettings):
     webhook_retry_seconds: Annotated[tuple[float, ...], NoDecode] = (5, 300, 1800, 7200, 18_000, 36_000, 36_000)
     """Pauses between the attempts of one delivery, comma-separated; one attempt more than pauses."""
 
+    put_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Longest time that one attempt to put a result to a caller's URL may take."""
+    put_retry_seconds: Annotated[tuple[float, ...], NoDecode] = (1, 5, 15)
+    """Pauses between the attempts to put a result, comma-separated; one attempt more than pauses."""
+
     outbound_allow: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
     """Networks (CIDR, comma-separated) that user-given URLs may reach although they are not public."""
+    outbound_proxy: Annotated[str, AfterValidator(_checked_url_or_none)] = ""
+    """A forward proxy that all user-given URLs go through; it then decides which addresses are reached."""
 
     webhook_secret_overlap_seconds: Annotated[int, Field(ge=0)] = 24 * 3600
     """How long webhooks are signed with the old secret too after a rotation."""
@@ -111,6 +153,11 @@ class Settings(ModelSettings):
     max_wait_seconds: Annotated[float, Field(gt=0)] = 4 * 3600.0
     """A job that would have to wait longer, by our estimate, is refused."""
 
+    requests_per_minute: Annotated[int, Field(ge=0)] = 0
+    """How many requests a key may make, where the key itself says nothing; 0: any number."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Origins (comma-separated, `*` for any) whose pages may call the API from a browser."""
+
     sweep_seconds: Annotated[float, Field(gt=0)] = 2.0
     """How often the dispatcher sweeps, and how long a hint may be under way before it counts as missing."""
 
@@ -121,7 +168,10 @@ class Settings(ModelSettings):
         """How often a worker says that it lives: several beats may be lost before its lease runs out."""
         return self.lease_seconds / 6
 
-    @pydantic.field_validator("webhook_retry_seconds", "outbound_allow", mode="before")
+    @pydantic.field_validator(
+        *("encryption_keys", "webhook_retry_seconds", "put_retry_seconds", "outbound_allow", "cors_origins"),
+        mode="before",
+    )
     @classmethod
     def _split_at_commas(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import and_, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from db.models import ApiKey
+from db.models import ApiKey, Scope
 
 PREFIX = "upk_"
 _ALPHABET = string.ascii_letters + string.digits
@@ -27,8 +27,12 @@ class KeyRecord:
     name: str
     prefix: str
     active: bool
+    """Neither revoked nor expired."""
     has_digest: bool
     """Whether what Apiframe would sign its webhooks with is stored."""
+    scopes: frozenset[Scope]
+    requests_per_minute: int | None
+    daily_pixels: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +45,9 @@ class Limits:
     """How many of its jobs may run at a time."""
     max_queued: int | None = None
     """How many of its jobs may wait."""
+    requests_per_minute: int | None = None
+    daily_pixels: int | None = None
+    """How many pixels may be made for it in a day, by UTC."""
 
 
 NO_LIMITS = Limits()
@@ -64,9 +71,22 @@ async def set_limits(connection: AsyncConnection, prefix: str, limits: Limits) -
 async def find(connection: AsyncConnection, key: str) -> KeyRecord | None:
     """Return the record of a key, revoked or not; None when nobody was ever given it."""
     has_digest = ApiKey.apiframe_digest.is_not(None)
-    statement = select(ApiKey.id, ApiKey.name, ApiKey.prefix, ApiKey.revoked_at.is_(None), has_digest)
-    row = (await connection.execute(statement.where(ApiKey.hash == hash_key(key)))).one_or_none()
-    return None if row is None else KeyRecord(*row)
+    active = and_(ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()))
+    statement = select(
+        ApiKey.id,
+        ApiKey.name,
+        ApiKey.prefix,
+        active.label("active"),
+        has_digest.label("has_digest"),
+        ApiKey.scopes,
+        ApiKey.requests_per_minute,
+        ApiKey.daily_pixels,
+    )
+    row = (await connection.execute(statement.where(ApiKey.hash == hash_key(key)))).mappings().one_or_none()
+    if row is None:
+        return None
+    values: dict[str, Any] = {**row, "scopes": frozenset(Scope(scope) for scope in row["scopes"])}
+    return KeyRecord(**values)
 
 
 async def store_digest(connection: AsyncConnection, api_key_id: UUID, key: str) -> None:

@@ -1,6 +1,6 @@
 """The schema. ORM classes for Alembic and for naming columns; the hot paths speak Core statements."""
 
-from datetime import datetime
+from datetime import date, datetime
 from enum import StrEnum
 from typing import Any, ClassVar
 from uuid import UUID
@@ -52,6 +52,17 @@ class DeliveryStatus(StrEnum):
     FAILED = "failed"
 
 
+class Scope(StrEnum):
+    """What an API key may be used for."""
+
+    JOBS_WRITE = "jobs:write"
+    """To submit, upload and cancel, and to manage what webhooks are signed with."""
+    JOBS_READ = "jobs:read"
+    """To read its own jobs and deliveries."""
+    ADMIN = "admin"
+    """All of that, to list everybody's jobs, and to read the metrics."""
+
+
 class WebhookEvent(StrEnum):
     """What a caller can ask to be told."""
 
@@ -97,9 +108,19 @@ class ApiKey(Model):
     prefix: Mapped[str]
     """The first characters of the key, for people to recognise it by."""
     hash: Mapped[bytes] = mapped_column(unique=True)
+    scopes: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default=text("'{jobs:write,jobs:read}'"))
+    """What it may be used for: see Scope."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    """From then on it is as good as revoked."""
     revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+    """To the minute: not every request writes it."""
 
+    requests_per_minute: Mapped[int | None]
+    """NULL: as many as the settings say."""
+    daily_pixels: Mapped[int | None] = mapped_column(BigInteger)
+    """How many pixels may be made for it in a day, by UTC; NULL: any number."""
     weight: Mapped[float] = mapped_column(server_default=text("1"))
     """Its share of the workers while others wait too: a key of weight 2 gets twice as much as one of weight 1."""
     max_concurrent: Mapped[int | None]
@@ -109,15 +130,36 @@ class ApiKey(Model):
     next_tag: Mapped[float] = mapped_column(server_default=text("0"))
     """The start-time fair tag at which its next job may start: see db.queue.submit."""
     apiframe_digest: Mapped[bytes | None]
-    """SHA-256 of the bare key, with which Apiframe signs webhooks; stored only where the settings ask for that."""
+    """SHA-256 of the bare key, with which Apiframe signs webhooks; stored only where the settings ask for that. Sealed:
+    see core.sealing."""
 
     __table_args__ = (
+        CheckConstraint("requests_per_minute > 0", name="requests_per_minute"),
+        CheckConstraint("daily_pixels > 0", name="daily_pixels"),
         CheckConstraint("weight BETWEEN 0.001 AND 1000", name="weight"),
         CheckConstraint("max_concurrent BETWEEN 1 AND 10000", name="max_concurrent"),
         CheckConstraint("max_queued > 0", name="max_queued"),
         # Every submit moves next_tag: with room on the page that touches no index.
         {"postgresql_with": {"fillfactor": "50"}},
     )
+
+
+class Usage(Model):
+    """What was made for an API key on a day, by UTC, counted in the statement that completes a job.
+
+    Each day is spread over several rows, so that workers seldom wait for one another's count; their sum is the usage.
+    """
+
+    __tablename__ = "usage"
+
+    api_key_id: Mapped[UUID] = mapped_column(ForeignKey("api_keys.id"), primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    shard: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    jobs: Mapped[int]
+    pixels: Mapped[int] = mapped_column(BigInteger)
+    """Of the results: width times height."""
+
+    __table_args__ = ({"postgresql_with": {"fillfactor": "50"}},)
 
 
 class Job(Model):
@@ -138,6 +180,8 @@ class Job(Model):
     """Where the input lies: a URL to fetch, or the key of a stored object; exactly one of the two."""
     webhook_url: Mapped[str | None]
     webhook_events: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default=text("'{}'"))
+    upload_url: Mapped[str | None]
+    """Where the caller wants the result put; whoever knows it can write there, so it goes with the job's end."""
 
     priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
     """Among the jobs of one key, higher goes first; between keys it means nothing."""
@@ -186,7 +230,12 @@ class Job(Model):
     __table_args__ = (
         _one_of("status", JobStatus),
         CheckConstraint("num_nonnulls(image_url, image_key) = 1", name="image"),
-        CheckConstraint("(status = 'COMPLETED') = (result_key IS NOT NULL)", name="result"),
+        # A result that the caller's upload_url refused stays readable, although its job failed by that.
+        CheckConstraint(
+            "CASE status WHEN 'COMPLETED' THEN result_key IS NOT NULL "
+            "WHEN 'FAILED' THEN result_key IS NULL OR error_code = 'upload_failed' ELSE result_key IS NULL END",
+            name="result",
+        ),
         # Small ones, since only jobs that are not over are in them. Claims read the first: whose turn it is; and the
         # second: which of that key's jobs it shall be.
         Index("jobs_queued_tag_idx", "tag", "id", postgresql_where=text("status = 'QUEUED'")),
@@ -293,7 +342,10 @@ class Upload(Model):
     id: Mapped[UUID] = mapped_column(primary_key=True)
     api_key_id: Mapped[UUID] = mapped_column(ForeignKey("api_keys.id"))
     key: Mapped[str] = mapped_column(unique=True)
-    size_bytes: Mapped[int]
+    size_bytes: Mapped[int | None]
+    """NULL while it is still coming in."""
+    stored_at: Mapped[datetime | None]
+    """When the object was seen whole, and as an image; before that it cannot be used."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime]
     purged_at: Mapped[datetime | None]

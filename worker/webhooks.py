@@ -102,15 +102,15 @@ class WebhookSender:
         async with self._database.connection() as connection:
             record = await records.read_any(connection, delivery.job_id)
         assert record is not None  # a delivery goes with its job
-        body = self._body(delivery, record)
+        body = await self._body(delivery, record)
         return await self._poster.post(
             Post(id=delivery.id, api_key_id=record.api_key_id, event=delivery.event, url=delivery.url, body=body)
         )
 
-    def _body(self, delivery: DueDelivery, record: JobRecord) -> dict[str, object]:
+    async def _body(self, delivery: DueDelivery, record: JobRecord) -> dict[str, object]:
         result = None
         if record.result is not None and record.result_key is not None and record.expires_at is not None:
-            result = result_body(record.result, self._storage.url(record.result_key, record.expires_at))
+            result = result_body(record.result, await self._storage.url(record.result_key, record.expires_at))
         return event_body(
             event=delivery.event,
             job_id=record.id,

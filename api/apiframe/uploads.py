@@ -40,7 +40,7 @@ async def upload(
         response.headers[REPLAYED] = "true"
     return schemas.UploadObject(
         id=received.id,
-        url=parts.storage.url(received.key, received.expires_at),
+        url=await parts.storage.url(received.key, received.expires_at),
         contentType=received.format.content_type,
         byteSize=received.size_bytes,
         expiresAt=received.expires_at,

@@ -63,7 +63,7 @@ async def _fields(parts: Parts, record: JobRecord) -> dict[str, Any]:
         "status": record.status,
         "model": record.model,
         "progress": await _progress(parts, record),
-        "result": _result(parts, record),
+        "result": await _result(parts, record),
         "error": record.error,
         "errorCode": record.error_code,
         "creditCost": None,
@@ -95,7 +95,7 @@ async def _progress(parts: Parts, record: JobRecord) -> int:
     return 100 if record.status is JobStatus.COMPLETED else 0
 
 
-def _result(parts: Parts, record: JobRecord) -> dict[str, Any] | None:
+async def _result(parts: Parts, record: JobRecord) -> dict[str, Any] | None:
     if record.result is None or record.result_key is None or record.expires_at is None:
         return None
-    return result_body(record.result, parts.storage.url(record.result_key, record.expires_at))
+    return result_body(record.result, await parts.storage.url(record.result_key, record.expires_at))

@@ -1,5 +1,6 @@
 """Signed URLs: what they give, and to whom."""
 
+import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -9,6 +10,11 @@ from starlette.testclient import TestClient
 from core.settings import Settings
 from core.storage import open_storage
 from tests.requests import png, submit, upload
+
+
+def _signed(settings: Settings, key: str, seconds: float) -> str:
+    """Return a URL of ours that expires in so many seconds."""
+    return asyncio.run(open_storage(settings).url(key, datetime.now(UTC) + timedelta(seconds=seconds)))
 
 
 @pytest.fixture
@@ -64,20 +70,16 @@ def test_a_url_without_a_signature_is_refused(anonymous: TestClient, url: str) -
 
 
 def test_an_expired_url_is_refused(anonymous: TestClient, settings: Settings) -> None:
-    url = open_storage(settings).url(
-        "results/00000000-0000-0000-0000-000000000000/1.png", datetime.now(UTC) - timedelta(seconds=1)
-    )
+    url = _signed(settings, "results/00000000-0000-0000-0000-000000000000/1.png", -1)
     assert anonymous.get(url).status_code == 403
 
 
 def test_a_signed_url_of_nothing_is_not_found(anonymous: TestClient, settings: Settings) -> None:
-    url = open_storage(settings).url(
-        "results/00000000-0000-0000-0000-000000000000/1.png", datetime.now(UTC) + timedelta(minutes=1)
-    )
+    url = _signed(settings, "results/00000000-0000-0000-0000-000000000000/1.png", 60)
     assert anonymous.get(url).status_code == 404
 
 
 def test_no_url_leads_out_of_the_folder(anonymous: TestClient, settings: Settings) -> None:
     (settings.storage_dir.parent / "secret.png").write_bytes(b"secret")
-    url = open_storage(settings).url("..%2fsecret.png", datetime.now(UTC) + timedelta(minutes=1))
+    url = _signed(settings, "..%2fsecret.png", 60)
     assert anonymous.get(url).status_code in (403, 404)

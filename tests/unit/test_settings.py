@@ -86,7 +86,7 @@ def _shown(field: FieldInfo) -> str:
     value = field.default
     if field.is_required():
         return "required"
-    if value in ("", ()):
+    if str(value) in ("", "()"):
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

@@ -1,77 +1,26 @@
-"""Storage of inputs and results, and the layout of its keys.
-
-    uploads/{upload_id}.{png|jpg|webp}             what callers sent
-    results/{job_id}/{attempt}.{png|jpg|webp}      what an attempt made; the attempt in the key keeps zombies apart
-
-A key is made of our own ids and an extension of our own choosing, never of a caller's words.
-"""
+"""A local folder: its objects are served, and taken in, by the API under FILES_PATH, by signed URLs."""
 
 import os
 import re
 import secrets
 import time
+from collections.abc import AsyncIterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 from urllib.parse import parse_qs, urlencode
-from uuid import UUID
 
 import anyio.to_thread
 
 from core import failpoints, signing
 from core.errors import NotFound, StorageUnavailable
-from core.options import OutputFormat
-from core.settings import Settings
+from core.storage.objects import ObjectHead, SignedPut
 
 FILES_PATH = "/v2/files"
 """Where the API serves the objects of a local folder."""
 
 _KEY = re.compile(r"(uploads|results)/[0-9a-f-]{36}(/[0-9]+)?\.(png|jpg|webp)")
-
-CONTENT_TYPES = {f".{format}": format.content_type for format in OutputFormat}
-"""The only content types we ever serve, by the extension that we gave the key."""
-
-
-def sniff(head: bytes) -> OutputFormat | None:
-    """Tell the format from the first 12 bytes of a file; None when it is none that we read."""
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return OutputFormat.PNG
-    if head.startswith(b"\xff\xd8\xff"):
-        return OutputFormat.JPG
-    return OutputFormat.WEBP if head.startswith(b"RIFF") and head[8:12] == b"WEBP" else None
-
-
-def upload_key(upload_id: UUID, format: OutputFormat) -> str:
-    return f"uploads/{upload_id}.{format}"
-
-
-def result_key(job_id: UUID, attempt: int, format: OutputFormat) -> str:
-    return f"results/{job_id}/{attempt}.{format}"
-
-
-class Storage(Protocol):
-    """Objects by key. Every method raises StorageUnavailable when the place itself fails."""
-
-    async def write(self, key: str, data: bytes) -> None:
-        """Store all of `data` under `key`, or nothing."""
-        ...
-
-    async def read(self, key: str) -> bytes:
-        """Return the object's bytes; raises NotFound when there is none."""
-        ...
-
-    async def delete(self, key: str) -> None:
-        """Remove the object; an absent one is no error."""
-        ...
-
-    def url(self, key: str, expires_at: datetime) -> str:
-        """Return a URL that anyone may GET until `expires_at`; the same arguments give the same URL."""
-        ...
-
-    def key_of(self, url: str) -> str | None:
-        """Return the key when `url` is one that `url()` made and that still holds, else None."""
-        ...
 
 
 class LocalStorage:
@@ -85,18 +34,28 @@ class LocalStorage:
     async def write(self, key: str, data: bytes) -> None:
         await anyio.to_thread.run_sync(self._write, self.path(key), data)
 
-    async def read(self, key: str) -> bytes:
+    async def write_stream(self, key: str, chunks: AsyncIterable[bytes]) -> None:
+        raise NotImplementedError
+
+    async def read(self, key: str, max_bytes: int | None = None) -> bytes:
+        del max_bytes
         return await anyio.to_thread.run_sync(self._read, self.path(key))
+
+    async def look(self, key: str) -> ObjectHead:
+        raise NotImplementedError
 
     async def delete(self, key: str) -> None:
         await anyio.to_thread.run_sync(self._delete, self.path(key))
 
-    def url(self, key: str, expires_at: datetime) -> str:
+    async def url(self, key: str, expires_at: datetime) -> str:
         expires = int(expires_at.timestamp())
         query = urlencode({"expires": expires, "signature": signing.sign_object(self._secret, key, expires)})
         return f"{self._base_url}/{key}?{query}"
 
-    def key_of(self, url: str) -> str | None:
+    async def sign_put(self, key: str, content_type: str, size_bytes: int, expires_at: datetime) -> SignedPut:
+        raise NotImplementedError
+
+    async def key_of(self, url: str) -> str | None:
         if not url.startswith(self._base_url + "/"):
             return None
         key, _, query = url[len(self._base_url) + 1 :].partition("?")
@@ -163,8 +122,3 @@ def _open_new(path: Path) -> BinaryIO:
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("xb")
-
-
-def open_storage(settings: Settings) -> LocalStorage:
-    """Return the storage that the settings name."""
-    return LocalStorage(settings.storage_dir, settings.public_url, settings.secret_key.get_secret_value().encode())
