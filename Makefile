@@ -8,6 +8,7 @@ SCALE  ?= 2
 PORT   ?= 8000
 SECONDS ?= 300
 SEED   ?=
+WORKERS ?= 2
 
 .PHONY: demo serve models test chaos check format clean help
 .DEFAULT_GOAL := help
@@ -24,8 +25,8 @@ serve: $(VENV)/.runs ## Run the whole service on http://127.0.0.1:$(PORT) until 
 models: $(VENV)/.runs ## Fetch the weights of the Clarity engine, 3.7 GB, into .upscaled/models
 	$(VENV)/bin/upscaled models pull
 
-test: $(VENV)/.tests ## Run the test suite
-	$(VENV)/bin/pytest
+test: $(VENV)/.tests ## Run the test suite, in WORKERS processes
+	$(VENV)/bin/pytest -n $(WORKERS)
 
 chaos: $(VENV)/.tests ## Five minutes of random faults, and the proof that nothing was lost; SEED=N repeats one
 	$(VENV)/bin/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))

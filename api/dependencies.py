@@ -1,65 +1,31 @@
-"""What routes ask for: the parts of the process, and who is calling."""
+"""What routes ask for: the parts of the process, and a caller who may use them."""
 
-import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import Depends, Header, Request
-from fastapi.security import APIKeyHeader
+from fastapi import Depends, Header, Request, Response
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
+from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel
 from redis.asyncio import Redis
+from starlette.datastructures import Headers
 
-from api.headers import read_cancel_after, read_idempotency_key
+from api.headers import add_to_answer, read_cancel_after, read_idempotency_key
 from api.intake import Idempotency, Intake, fingerprint
+from api.keyring import KeyRing
+from api.rates import Rates
 from api.waiting import Watch
-from core.errors import InvalidApiKey, KeyInactive, MissingApiKey
+from core.errors import Forbidden, InvalidApiKey, MissingApiKey, ValidationError
+from core.sealing import Sealer
 from core.settings import Settings
 from core.storage import Storage
-from db import keys
 from db.keys import KeyRecord
+from db.models import Scope
 from db.session import Database
-
-KEY_TTL_SECONDS = 5.0
-"""How long a key that was found is believed without asking again: a revoked one works that much longer."""
-
-_KEYS_REMEMBERED = 10_000
-
-
-class KeyRing:
-    """API keys that were found lately, so that a poll costs no query for its key.
-
-    Args:
-        store_digests: keep of each key what Apiframe would sign its webhooks with; only the key itself tells that.
-    """
-
-    def __init__(self, database: Database, *, store_digests: bool = False) -> None:
-        self._database = database
-        self._store_digests = store_digests
-        self._found: dict[str, tuple[KeyRecord, float]] = {}
-
-    async def find(self, key: str) -> KeyRecord:
-        """Return whom the key belongs to.
-
-        Raises:
-            InvalidApiKey: nobody was ever given it.
-            KeyInactive: it was revoked.
-        """
-        record, believed_until = self._found.get(key, (None, 0.0))
-        if record is None or time.monotonic() > believed_until:
-            async with self._database.connection() as connection:
-                record = await keys.find(connection, key)
-                if self._store_digests and record is not None and record.active and not record.has_digest:
-                    await keys.store_digest(connection, record.id, key)
-            if record is None:
-                raise InvalidApiKey("Invalid API key")
-            if len(self._found) >= _KEYS_REMEMBERED:
-                self._found.clear()
-            self._found[key] = (record, time.monotonic() + KEY_TTL_SECONDS)
-        if not record.active:
-            raise KeyInactive("API key is inactive")
-        return record
 
 
 @dataclass(frozen=True)
@@ -73,6 +39,8 @@ class Parts:
     intake: Intake
     key_ring: KeyRing
     watch: Watch
+    sealer: Sealer
+    rates: Rates
 
 
 async def _parts(request: Request) -> Parts:  # async, or FastAPI would hand each call to a thread
@@ -81,16 +49,101 @@ async def _parts(request: Request) -> Parts:  # async, or FastAPI would hand eac
 
 PartsDep = Annotated[Parts, Depends(_parts)]
 
-_api_key = APIKeyHeader(name="X-API-Key", auto_error=False)
+_API_KEY = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key.")
+_BEARER = HTTPBearer(auto_error=False, description="The same API key, for clients that send no other header.")
 
 
-async def _caller(parts: PartsDep, key: Annotated[str | None, Depends(_api_key)]) -> KeyRecord:
+@dataclass(frozen=True)
+class Need:
+    """A route's need of a caller whose key has a scope; only a KeyedRoute can have one."""
+
+    scope: Scope
+
+    async def __call__(
+        self, request: Request, _api_key: Annotated[Any, Depends(_API_KEY)], _bearer: Annotated[Any, Depends(_BEARER)]
+    ) -> KeyRecord:
+        """Return whom KeyedRoute has admitted. The two parameters only tell the OpenAPI document."""
+        return request.state.caller
+
+
+ReaderDep = Annotated[KeyRecord, Depends(Need(Scope.JOBS_READ))]
+WriterDep = Annotated[KeyRecord, Depends(Need(Scope.JOBS_WRITE))]
+AdminDep = Annotated[KeyRecord, Depends(Need(Scope.ADMIN))]
+
+
+MAX_JSON_COMMAS = 10_000
+"""How many commas may be in a body of JSON, those of prompts among them: more than in any request that makes sense. A
+list or an object of millions is parsed into gigabytes, and each of its items complained of."""
+
+
+class _Request(Request):
+    """A request whose JSON is looked at before it is parsed."""
+
+    async def json(self) -> Any:
+        body = await self.body()
+        if body.count(b",") > MAX_JSON_COMMAS:
+            raise ValidationError({"body": ["holds too many values"]})
+        return await super().json()
+
+
+class KeyedRoute(APIRoute):
+    """Admits the caller that its function needs, before any of the body is read.
+
+    FastAPI reads and parses a body before it looks at dependencies: with them alone, strangers could let us gather all
+    the megabytes that a body may have.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle, need = super().get_route_handler(), need_of(self.dependant)
+        if need is None:
+            return handle
+
+        async def admit_and_handle(request: Request) -> Response:
+            request.state.caller = await _admit(request, need.scope)
+            return await handle(_Request(request.scope, request.receive))
+
+        return admit_and_handle
+
+
+def need_of(dependant: Dependant) -> Need | None:
+    """Return what a route needs of its caller, None when it is open to everyone."""
+    if isinstance(dependant.call, Need):
+        return dependant.call
+    return next((need for needed in dependant.dependencies if (need := need_of(needed))), None)
+
+
+async def _admit(request: Request, scope: Scope) -> KeyRecord:
+    """Return the caller; raises when there is no key, or it may not do this, or not so often."""
+    parts: Parts = request.app.state.parts
+    try:
+        caller = await parts.key_ring.find(_given_key(request.headers))
+    except (MissingApiKey, InvalidApiKey):
+        add_to_answer(request, {"WWW-Authenticate": "Bearer"})
+        raise
+    add_to_answer(request, await parts.rates.take(caller))
+    if not caller.may(scope):
+        raise Forbidden(f"This API key lacks the scope {scope}.")
+    return caller
+
+
+async def readmit(request: Request) -> None:
+    """Look once more at the caller's key, for an answer that is long in the making.
+
+    Raises:
+        KeyInactive: it was revoked meanwhile, or has expired.
+        DatabaseUnavailable: nobody knows.
+    """
+    parts: Parts = request.app.state.parts
+    await parts.key_ring.find(_given_key(request.headers))
+
+
+def _given_key(headers: Headers) -> str:
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    bearer = credentials.strip() if scheme.lower() == "bearer" else ""
+    key = headers.get("x-api-key") or bearer
     if not key:
         raise MissingApiKey("API key is required")
-    return await parts.key_ring.find(key)
-
-
-CallerDep = Annotated[KeyRecord, Depends(_caller)]
+    return key
 
 
 @dataclass(frozen=True)

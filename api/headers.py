@@ -1,8 +1,13 @@
-"""Request headers whose grammar is more than a word: Prefer (RFC 7240), If-None-Match (RFC 9110), two of submits."""
+"""Request headers whose grammar is more than a word: Prefer (RFC 7240), If-None-Match (RFC 9110), two of submits.
+
+And what a request's answer will carry in headers, whichever answer that will be.
+"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+
+from fastapi import Request
 
 from core.errors import ValidationError
 
@@ -77,3 +82,10 @@ def read_cancel_after(value: str | None) -> timedelta | None:
     if not timedelta(seconds=1) <= given <= MAX_CANCEL_AFTER:
         raise ValidationError({"Cancel-After": ["must be between 1 second and 7 days"]})
     return given
+
+
+def add_to_answer(request: Request, headers: Mapping[str, str]) -> None:
+    """Let the request's answer carry these headers, error or not; what is said twice is joined as a list."""
+    added: dict[str, str] = request.scope["state"].setdefault("answer_headers", {})
+    for name, value in headers.items():
+        added[name] = f"{added[name]}, {value}" if name in added else value

@@ -11,14 +11,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from api.dependencies import PartsDep
+from api.dependencies import AdminDep, KeyedRoute, PartsDep
 from api.errors import documented
 from db import census
 from db.census import Census
 from db.models import JobStatus
 from db.records import OVER
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=KeyedRoute)
 
 
 class _Collected(Collector):
@@ -47,10 +47,13 @@ class _Collected(Collector):
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {}}, "description": "Prometheus's text format."}, **documented()},
+    responses={
+        200: {"content": {"text/plain": {}}, "description": "Prometheus's text format."},
+        **documented(401, 403, 429),
+    },
 )
-async def metrics(parts: PartsDep) -> Response:
-    """Return the metrics; needs no key, so a proxy should keep the world away from here."""
+async def metrics(_caller: AdminDep, parts: PartsDep) -> Response:
+    """Return the metrics. Prometheus sends the key of an admin as a bearer token."""
     async with parts.database.connection() as connection:
         counted = await census.take(connection)
     registry = CollectorRegistry(auto_describe=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from bench.peers.models import job
 from core.errors import Stopped
 from core.options import UpscaleOptions
-from worker.upscaler.engine import Picture
+from worker.upscaler.picture import Picture
 
 MEAN_SECONDS = 0.4
 """How long a job of Exponential takes on average."""

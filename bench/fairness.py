@@ -25,8 +25,9 @@ import asyncpg
 from PIL import Image
 
 from bench.engines import MEAN_SECONDS
+from cli.keys import create_key
 from cli.processes import free_port
-from cli.stack import Stack, create_key
+from cli.stack import Stack
 
 SMALL_KEYS = 20
 FLOOD_CLIENTS = 8

@@ -31,9 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import sd15
 from core.options import UpscaleOptions
 from worker.upscaler.components import Components, choose_device, choose_dtype
-from worker.upscaler.engine import Picture
 from worker.upscaler.engines import Config
 from worker.upscaler.engines.clarity import DENOISED, Clarity
+from worker.upscaler.picture import Picture
 from worker.upscaler.plan import CELL_PIXELS, PRESETS, Size, passes, tiling
 
 TERA = 1e12

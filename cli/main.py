@@ -2,8 +2,10 @@
 
 import asyncio
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -69,8 +71,10 @@ def dispatcher() -> None:
 def migrate() -> None:
     """Bring the database's schema up to date."""
     from cli.migrations import upgrade
+    from core.sealing import Sealer
 
-    upgrade(_start().database_url)
+    settings = _start()
+    upgrade(settings.database_url, Sealer(settings))
 
 
 @cli.group()
@@ -78,53 +82,88 @@ def keys() -> None:
     """API keys."""
 
 
-_weight = click.option(
-    "--weight",
-    type=click.FloatRange(min=0.001, max=1000, clamp=False),
-    default=1.0,
-    show_default=True,
-    help="Its share of the workers while others wait too.",
-)
-_max_concurrent = click.option(
-    "--max-concurrent", type=click.IntRange(min=1, max=10_000), help="How many of its jobs may run."
-)
-_max_queued = click.option("--max-queued", type=click.IntRange(min=1), help="How many of its jobs may wait.")
+def _limits(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for each field of db.keys.Limits."""
+    options = {
+        "--weight": (click.FloatRange(min=0.001, max=1000), "Its share of the workers while others wait too."),
+        "--max-concurrent": (click.IntRange(min=1, max=10_000), "How many of its jobs may run."),
+        "--max-queued": (click.IntRange(min=1, max=2**31 - 1), "How many of its jobs may wait."),
+        "--requests-per-minute": (click.IntRange(min=1, max=2**31 - 1), "How many requests it may make."),
+        "--daily-pixels": (click.IntRange(min=1, max=2**63 - 1), "How many pixels may be made for it in a day."),
+    }
+    for name, (kind, help) in reversed(options.items()):
+        default = 1.0 if name == "--weight" else None
+        command = click.option(name, type=kind, default=default, show_default=default is not None, help=help)(command)
+    return command
 
 
 @keys.command()
 @click.argument("name")
-@_weight
-@_max_concurrent
-@_max_queued
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice(["jobs:write", "jobs:read", "admin"]),
+    multiple=True,
+    default=["jobs:write", "jobs:read"],
+    show_default=True,
+    help="What it may be used for; may be given several times. admin includes the others.",
+)
+@click.option("--expires", metavar="TIME", help="After how long it stops working, such as 90d, 12h or 30m.")
+@_limits
 @_folder
-def create(name: str, weight: float, max_concurrent: int | None, max_queued: int | None, folder: Path) -> None:
+def create(name: str, scopes: Sequence[str], expires: str | None, folder: Path, **limits: Any) -> None:
     """Make an API key and print it: the only time that it is shown.
 
-    Works on the database of UPSCALED_DATABASE_URL, or else on that of a running `upscaled serve`.
+    Works on the database of UPSCALED_DATABASE_URL, or else on that of a running `upscaled serve`; so do all of these.
     """
-    from cli.stack import create_key, read_environment
+    from cli.keys import create_key, read_lifetime
+    from cli.stack import read_environment
     from db.keys import Limits
+    from db.models import Scope
 
-    limits = Limits(weight=weight, max_concurrent=max_concurrent, max_queued=max_queued)
-    click.echo(asyncio.run(create_key(load_settings(**read_environment(folder)), name, limits)))
+    settings, lifetime = load_settings(**read_environment(folder)), read_lifetime(expires)
+    click.echo(asyncio.run(create_key(settings, name, Limits(**limits), [Scope(scope) for scope in scopes], lifetime)))
+
+
+@keys.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with all that is known of each.")
+@_folder
+def list_keys(as_json: bool, folder: Path) -> None:
+    """Show all API keys, what they may do, and what was made for them today; never the keys themselves."""
+    from cli.keys import show_keys
+    from cli.stack import read_environment
+
+    show_keys(load_settings(**read_environment(folder)), as_json)
 
 
 @keys.command()
-@click.argument("prefix")
-@_weight
-@_max_concurrent
-@_max_queued
+@click.argument("key", metavar="PREFIX|ID")
+@_limits
 @_folder
-def limit(prefix: str, weight: float, max_concurrent: int | None, max_queued: int | None, folder: Path) -> None:
-    """Set all limits of the API key whose first ten characters are PREFIX; what is not given, is lifted."""
-    from cli.stack import limit_key, read_environment
+def limit(key: str, folder: Path, **limits: Any) -> None:
+    """Set all limits of an API key, named as `keys list` shows it; what is not given, is lifted."""
+    from cli.keys import limit_key
+    from cli.stack import read_environment
     from db.keys import Limits
 
-    limits = Limits(weight=weight, max_concurrent=max_concurrent, max_queued=max_queued)
-    names = asyncio.run(limit_key(load_settings(**read_environment(folder)), prefix, limits))
-    if not names:
-        raise click.BadParameter("no API key begins like this", param_hint="PREFIX")
-    click.echo(f"Limits of {', '.join(names)} set.")
+    limited = asyncio.run(limit_key(load_settings(**read_environment(folder)), key, Limits(**limits)))
+    click.echo(f"Limits of {limited.name} ({limited.prefix}) set.")
+
+
+@keys.command()
+@click.argument("key", metavar="PREFIX|ID")
+@_folder
+def revoke(key: str, folder: Path) -> None:
+    """Let an API key, named as `keys list` shows it, work no more.
+
+    Its jobs go on, and are delivered. To revoke it again does no harm.
+    """
+    from cli.keys import revoke_key
+    from cli.stack import read_environment
+
+    revoked = asyncio.run(revoke_key(load_settings(**read_environment(folder)), key))
+    before = " It was revoked before." if revoked.revoked_at else " It works for five more seconds at most."
+    click.echo(f"Revoked {revoked.name} ({revoked.prefix}, {revoked.id}).{before}")
 
 
 @cli.command()
@@ -159,6 +198,29 @@ def upscale(image: Path, scale: str, output_format: str, out: Path) -> None:
 
     exit_on_sigterm()
     upscale_file(image, int(scale), output_format, out)
+
+
+@cli.group()
+def secrets() -> None:
+    """The keys that seal secrets in the database."""
+
+
+@secrets.command("new-key")
+def new_key() -> None:
+    """Print a new key for UPSCALED_ENCRYPTION_KEYS."""
+    from cli.secrets import show_new_key
+
+    show_new_key()
+
+
+@secrets.command()
+@_folder
+def rotate(folder: Path) -> None:
+    """Seal every secret anew with the first of UPSCALED_ENCRYPTION_KEYS; the service may run meanwhile."""
+    from cli.secrets import rotate
+    from cli.stack import read_environment
+
+    rotate(load_settings(**read_environment(folder)))
 
 
 @cli.group()

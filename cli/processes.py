@@ -15,6 +15,9 @@ from core.errors import DeploymentError
 LOOPBACK = "127.0.0.1"
 """Where the servers that we start listen, out of reach of other machines."""
 
+PORTS = range(20_000, 30_000)
+"""What `free_port` chooses from."""
+
 # Asks the kernel to end this process with its parent, then becomes the program under the same pid. A program of its
 # own and not a preexec_fn, which may deadlock in a process that has threads.
 _DIE_WITH_PARENT = """
@@ -43,7 +46,7 @@ def free_port() -> int:
     Raises:
         DeploymentError: this machine lets us listen nowhere.
     """
-    for port in random.SystemRandom().sample(range(20_000, 30_000), 20):
+    for port in random.SystemRandom().sample(PORTS, 20):
         with socket.socket() as probe, suppress(OSError):
             probe.bind((LOOPBACK, port))
             return port

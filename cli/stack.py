@@ -11,20 +11,20 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
 from cli.embedded import Postgres, Redis
+from cli.keys import create_key, is_working_key
 from cli.migrations import upgrade
 from cli.processes import die_with_parent, stop
 from core.errors import DeploymentError
-from core.settings import PREFIX, Settings, load_settings
-from db import keys
-from db.keys import NO_LIMITS, Limits
-from db.session import Database
+from core.sealing import Sealer
+from core.settings import PREFIX, load_settings
+from db.models import Scope
 
 READY_SECONDS = 60.0
 STOP_SECONDS = 30.0
@@ -81,7 +81,7 @@ class Stack:
             self._require_free_port()
             self.environment = self._start_servers(started)
             self.settings = load_settings(**_as_overrides(self.environment))
-            upgrade(self.settings.database_url)
+            upgrade(self.settings.database_url, Sealer(self.settings))
             self.key = self._first_key()
             started.callback(self._stop_processes)
             self._start_processes()
@@ -141,10 +141,13 @@ class Stack:
         return environment
 
     def _first_key(self) -> str:
-        """Return the key that this folder's service was made with; the file is for its owner's eyes only."""
+        """Return the key of this folder's service, which may do everything; the file is for its owner's eyes only.
+
+        Another one is made when it no longer works, or the environment names another database than last time.
+        """
         file = self.folder / "api-key"
-        if not file.exists() or not asyncio.run(_is_key(self.settings, file.read_text())):
-            _write_private(file, asyncio.run(create_key(self.settings, "first")))
+        if not file.exists() or not asyncio.run(is_working_key(self.settings, file.read_text())):
+            _write_private(file, asyncio.run(create_key(self.settings, "first", scopes=Scope)))
         return file.read_text()
 
     def _start_processes(self) -> None:
@@ -195,36 +198,6 @@ class Stack:
 
     def _stop_processes(self) -> None:
         stop(list(self.processes.values()), STOP_SECONDS)
-
-
-async def create_key(settings: Settings, name: str, limits: Limits = NO_LIMITS) -> str:
-    """Make an API key in the settings' database and return it."""
-    database = Database(settings)
-    try:
-        async with database.connection() as connection:
-            return await keys.create(connection, name, limits)
-    finally:
-        await database.close()
-
-
-async def limit_key(settings: Settings, prefix: str, limits: Limits) -> Sequence[str]:
-    """Set what the API keys that begin with `prefix` may ask for; return their names."""
-    database = Database(settings)
-    try:
-        async with database.connection() as connection:
-            return await keys.set_limits(connection, prefix, limits)
-    finally:
-        await database.close()
-
-
-async def _is_key(settings: Settings, key: str) -> bool:
-    """Tell whether the settings' database knows the key: the environment may name another one than last time."""
-    database = Database(settings)
-    try:
-        async with database.connection() as connection:
-            return await keys.find(connection, key) is not None
-    finally:
-        await database.close()
 
 
 def read_environment(folder: Path) -> dict[str, str]:

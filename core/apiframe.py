@@ -12,7 +12,7 @@ def timestamp(moment: datetime) -> str:
 
 
 def result_body(result: Mapping[str, Any], url: str) -> dict[str, Any]:
-    """Return `result` of a completed job: Apiframe's `images`, and beside it what we know of the picture."""
+    """Return a job's `result`: Apiframe's `images`, and beside it what we know of the picture."""
     return {
         "images": [url],
         "engine": result["engine"],
@@ -47,6 +47,8 @@ def event_body(
     }
     if event == "completed":
         return body | {"progress": 100, "result": result}
+    if result is not None:  # it failed because its result could not be put where the caller wanted it
+        body["result"] = result
     return body if error is None else body | {"error": error, "errorCode": error_code}
 
 

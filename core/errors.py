@@ -12,6 +12,7 @@ lists them. Errors of libraries are translated where the library is called.
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 
 class UpscaledError(Exception):
@@ -21,6 +22,9 @@ class UpscaledError(Exception):
 
     retry_after_seconds: int | None = None
     """When it is worth trying again, where that is known."""
+
+    headers: Mapping[str, str] = MappingProxyType({})
+    """What an answer that reports it says in its headers besides."""
 
 
 class RequestError(UpscaledError):
@@ -69,6 +73,12 @@ class IdempotencyKeyReused(RequestError):
     code = "idempotency_key_reused"
 
 
+class UploadExists(RequestError):
+    """A presigned URL takes one object, once."""
+
+    code = "upload_exists"
+
+
 class JobNotCancellable(RequestError):
     code = "job_not_cancellable"
 
@@ -85,15 +95,23 @@ class RateLimited(RequestError):
 
     code = "rate_limited"
 
-    def __init__(self, retry_after_seconds: int) -> None:
+    def __init__(self, retry_after_seconds: int, headers: Mapping[str, str]) -> None:
         self.retry_after_seconds = retry_after_seconds
+        self.headers = headers
         super().__init__("This API key makes more requests than it may: slow down.")
 
 
 class DailyPixelsSpent(RequestError):
-    """The API key has had as many pixels made today as it may; tomorrow, by UTC, it may go on."""
+    """The API key has had as many pixels made today as it may; tomorrow, by UTC, it may go on.
+
+    It says so without `retry_after_seconds`: there are clients that sleep for as long, were it the whole day.
+    """
 
     code = "daily_pixels_spent"
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self.headers = headers
+        super().__init__("This API key has had as many pixels made today as it may; a new day begins at midnight UTC.")
 
 
 class RequestTooSlow(RequestError):
@@ -207,6 +225,12 @@ class DeploymentError(UpscaledError):
     """
 
     code = "deployment"
+
+
+class StorageRefused(DeploymentError):
+    """The bucket is there and does not let us: wrong credentials, another name, a right that is missing."""
+
+    code = "storage_refused"
 
 
 class LeaseLost(UpscaledError):

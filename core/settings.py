@@ -1,5 +1,6 @@
 """Settings shared by every process: one frozen object, built where a process starts and passed on."""
 
+import base64
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,6 +20,16 @@ def _with_async_driver(url: str) -> str:
     if not separator or scheme not in ("postgres", "postgresql", "postgresql+asyncpg"):
         raise ValueError("must begin with postgresql://")
     return f"postgresql+asyncpg://{rest}"
+
+
+def _fernet_key(key: SecretStr) -> SecretStr:
+    try:
+        valid = len(base64.b64decode(key.get_secret_value(), altchars=b"-_", validate=True)) == 32
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError("each must be a Fernet key, as `upscaled secrets new-key` prints one")
+    return key
 
 
 _HTTP_URL = TypeAdapter[HttpUrl](HttpUrl)
@@ -69,9 +80,9 @@ class Settings(ModelSettings):
     public_url: Annotated[str, AfterValidator(_checked_url)] = "http://127.0.0.1:8000"
     """Where clients reach the API: the front of every URL we hand out."""
 
-    encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    encryption_keys: Annotated[tuple[Annotated[SecretStr, AfterValidator(_fernet_key)], ...], NoDecode] = ()
     """Fernet keys, comma-separated, that seal secrets at rest: the first seals, each opens. None: one made of the
-    secret key."""
+    secret key, which opens in any case."""
 
     storage_dir: Path = Path(".upscaled/storage")
     """The folder of inputs and results, where no bucket is named."""
@@ -155,7 +166,7 @@ class Settings(ModelSettings):
 
     requests_per_minute: Annotated[int, Field(ge=0)] = 0
     """How many requests a key may make, where the key itself says nothing; 0: any number."""
-    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    cors_origins: Annotated[tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...], NoDecode] = ()
     """Origins (comma-separated, `*` for any) whose pages may call the API from a browser."""
 
     sweep_seconds: Annotated[float, Field(gt=0)] = 2.0

@@ -1,4 +1,4 @@
-"""Signatures: of the URLs that let their holder read one stored object, and of webhooks."""
+"""Signatures: of the URLs that let their holder read or store one object, and of webhooks."""
 
 import base64
 import hashlib
@@ -17,6 +17,18 @@ def sign_object(secret: bytes, key: str, expires: int) -> str:
 def verify_object(secret: bytes, key: str, expires: int, signature: str) -> bool:
     """Compare in constant time; says nothing about whether `expires` has passed."""
     return hmac.compare_digest(sign_object(secret, key, expires).encode(), signature.encode(errors="replace"))
+
+
+def sign_put(secret: bytes, key: str, content_type: str, size_bytes: int, expires: int) -> str:
+    """Return the hex HMAC-SHA256 that lets one object of that type and size be put under `key` until `expires`."""
+    message = f"put\n{key}\n{content_type}\n{size_bytes}\n{expires}"
+    return hmac.new(secret, message.encode(errors="replace"), hashlib.sha256).hexdigest()
+
+
+def verify_put(secret: bytes, key: str, content_type: str, size_bytes: int, expires: int, signature: str) -> bool:
+    """Compare in constant time; says nothing about whether `expires` has passed."""
+    signed = sign_put(secret, key, content_type, size_bytes, expires)
+    return hmac.compare_digest(signed.encode(), signature.encode(errors="replace"))
 
 
 def show_secret(secret: bytes) -> str:

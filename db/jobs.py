@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Integer,
     Interval,
@@ -21,7 +22,9 @@ from sqlalchemy import (
     any_,
     bindparam,
     case,
+    cast,
     delete,
+    false,
     func,
     literal,
     null,
@@ -32,8 +35,18 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from core.errors import DeadlineExceeded, JobNotCancellable, LeaseLost, NotFound, Stopped, UpscaledError, WorkerLost
+from core.errors import (
+    DeadlineExceeded,
+    JobNotCancellable,
+    LeaseLost,
+    NotFound,
+    Stopped,
+    UploadFailed,
+    UpscaledError,
+    WorkerLost,
+)
 from core.options import OutputFormat
+from db import usage
 from db.models import PROCESSING, QUEUED, Delivery, Job, JobStatus, Tally, Worker
 from db.records import OVER
 
@@ -65,6 +78,8 @@ class Attempt:
     strikes: int
     wants_progress: bool
     """Whether a webhook is to be told of progress."""
+    upload_url: str | None = None
+    """Where the caller wants the result put."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,16 +104,47 @@ class Changed:
 
 
 async def complete(
-    connection: AsyncConnection, attempt: Attempt, result: Result, result_key: str, ttl: timedelta
+    connection: AsyncConnection,
+    attempt: Attempt,
+    result: Result,
+    result_key: str,
+    ttl: timedelta,
+    failure: UploadFailed | None = None,
 ) -> None:
     """End the attempt with a stored result that can be read for `ttl`; saying it twice changes nothing.
+
+    With a `failure` the job fails by it, and the result can be read all the same.
 
     Raises:
         LeaseLost: the attempt is no longer current; nothing was changed and its object belongs to nobody.
         Stopped: the caller has asked to cancel the job; nothing was changed, and the attempt is to be handed back.
     """
-    values = {"key": result_key, "known": asdict(result), "ttl": ttl}
-    await _end(connection, attempt, _COMPLETE, values, JobStatus.COMPLETED)
+    end = JobStatus.FAILED if failure else JobStatus.COMPLETED
+    values = {
+        "key": result_key,
+        "known": asdict(result),
+        "ttl": ttl,
+        "end": end.value,
+        "sentence": failure and str(failure),
+        "code": failure and failure.code,
+    }
+    await _end(connection, attempt, _COMPLETE, values, end)
+
+
+async def require_wanted(connection: AsyncConnection, attempt: Attempt) -> None:
+    """Make sure that somebody waits for what the attempt is about to do outside of here.
+
+    Raises:
+        LeaseLost: the attempt is no longer current.
+        Stopped: the caller has asked to cancel the job, or its deadline has passed.
+    """
+    late = func.coalesce(Job.deadline_at <= func.now(), false())
+    found = select(or_(_UNWANTED, late)).where(_CURRENT)
+    unwanted = (await connection.execute(found, _fence(attempt))).scalar_one_or_none()
+    if unwanted is None:
+        raise _lost(attempt)
+    if unwanted:
+        raise Stopped("The caller has asked to cancel this job, or its deadline has passed.")
 
 
 async def fail(connection: AsyncConnection, attempt: Attempt, error: UpscaledError) -> None:
@@ -229,9 +275,14 @@ _CURRENT = and_(Job.id == bindparam("job_id"), Job.attempt == bindparam("number"
 _UNWANTED = Job.cancel_requested_at.is_not(None)
 
 
-def _change(change: Update) -> Statement:
-    """Return the statement that makes a change and, by the same stroke, counts what it ends and owes its events."""
-    changed = change.returning(Job.id, Job.status, Job.worker_id, Job.webhook_url, Job.webhook_events).cte("changed")
+def _change(change: Update, *, makes: bool = False) -> Statement:
+    """Return the statement that makes a change and, by the same stroke, counts what it ends and owes its events.
+
+    Args:
+        makes: it gives a job its result, whose pixels are counted for the job's key.
+    """
+    columns = [Job.id, Job.status, Job.worker_id, Job.webhook_url, Job.webhook_events, Job.api_key_id, Job.result]
+    changed = change.returning(*columns).cte("changed")
     over, event = changed.c.status.in_([status.value for status in OVER]), func.lower(changed.c.status)
     wanted = and_(over, changed.c.webhook_url.is_not(None), event == any_(changed.c.webhook_events))
     receiver = func.substring(changed.c.webhook_url, "^[A-Za-z]+://[^/?#]+")
@@ -241,9 +292,13 @@ def _change(change: Update) -> Statement:
     )
     shard = bindparam("shard", type_=SmallInteger)
     ended = select(event, shard, func.count()).where(over).group_by(changed.c.status)
-    return select(changed.c.id, changed.c.status, changed.c.worker_id).add_cte(
-        owed.cte("owed"), tally(ended).cte("tallied")
-    )
+    effects = [owed.cte("owed"), tally(ended).cte("tallied")]
+    if makes:
+        width, height = (cast(changed.c.result[side].astext, BigInteger) for side in ("width", "height"))
+        made = select(changed.c.api_key_id, usage.TODAY, shard, func.count(), func.sum(width * height))
+        made = made.where(over, changed.c.result.is_not(None))
+        effects.append(usage.added(made.group_by(changed.c.api_key_id)).cte("used"))
+    return select(changed.c.id, changed.c.status, changed.c.worker_id).add_cte(*effects)
 
 
 def tally(counted: Statement) -> Any:
@@ -258,13 +313,17 @@ _COMPLETE = _change(
     update(Job)
     .where(_CURRENT, Job.cancel_requested_at.is_(None))
     .values(
-        status=JobStatus.COMPLETED.value,
+        status=bindparam("end", type_=Text),
         completed_at=func.now(),
+        upload_url=None,
         result_key=bindparam("key", type_=Text),
         result=bindparam("known", type_=JSONB),
+        error=bindparam("sentence", type_=Text),
+        error_code=bindparam("code", type_=Text),
         expires_at=func.now() + bindparam("ttl", type_=Interval),
         purge_at=func.now() + bindparam("ttl", type_=Interval),
-    )
+    ),
+    makes=True,
 )
 
 _FAIL = _change(
@@ -274,6 +333,7 @@ _FAIL = _change(
         # Whoever asked to cancel was told that the job would stop, and so it does.
         status=case((_UNWANTED, literal(JobStatus.CANCELLED.value)), else_=literal(JobStatus.FAILED.value)),
         completed_at=func.now(),
+        upload_url=None,
         error=case((~_UNWANTED, bindparam("sentence", type_=Text))),
         error_code=case((~_UNWANTED, bindparam("code", type_=Text))),
         purge_at=func.now() + PURGE_AFTER,
@@ -312,6 +372,7 @@ def _hand_back(whose: ColumnElement[bool]) -> Statement:
             due_at=func.now() + bindparam("pause", type_=Interval),
             started_at=case((over, Job.started_at)),
             completed_at=case((over, func.now())),
+            upload_url=case((over, null()), else_=Job.upload_url),
             purge_at=case((over, func.now() + PURGE_AFTER)),
             options=Job.options.op("||")(bindparam("changes", type_=JSONB)),
             error=said[0],
@@ -350,6 +411,7 @@ _EXPIRE = _change(
     .values(
         status=JobStatus.CANCELLED.value,
         completed_at=func.now(),
+        upload_url=None,
         error=bindparam("sentence", type_=Text),
         error_code=bindparam("code", type_=Text),
         purge_at=func.now() + PURGE_AFTER,
@@ -369,6 +431,7 @@ _CANCEL = _change(
         status=case((_WAITS, literal(JobStatus.CANCELLED.value)), else_=Job.status),
         cancel_requested_at=func.coalesce(Job.cancel_requested_at, func.now()),
         completed_at=case((_WAITS, func.now())),
+        upload_url=case((_WAITS, null()), else_=Job.upload_url),
         purge_at=case((_WAITS, func.now() + PURGE_AFTER)),
     )
 )

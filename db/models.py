@@ -374,6 +374,7 @@ class WebhookSecret(Model):
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     api_key_id: Mapped[UUID] = mapped_column(ForeignKey("api_keys.id"), index=True)
     secret: Mapped[bytes]
+    """Sealed: see core.sealing."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime | None]
     """Set by the rotation that replaced it; NULL: the current one, of which a key has one at most."""

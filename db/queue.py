@@ -60,6 +60,7 @@ class NewJob:
     image_key: str | None = None
     webhook_url: str | None = None
     webhook_events: Sequence[WebhookEvent] = ()
+    upload_url: str | None = None
     priority: int = 0
     cancel_after: timedelta | None = None
     idempotency_key: str | None = None
@@ -131,6 +132,7 @@ def _values(job: NewJob, max_queued: int) -> dict[str, Any]:
         "new_image_key": job.image_key,
         "new_webhook_url": job.webhook_url,
         "new_webhook_events": [event.value for event in job.webhook_events],
+        "new_upload_url": job.upload_url,
         "new_priority": job.priority,
         "new_cost": job.options.cost,
         "cancel_after": job.cancel_after,
@@ -182,7 +184,8 @@ _NEW = (
     .from_select(
         [
             *("id", "api_key_id", "model", "input", "options", "image_url", "image_key", "webhook_url"),
-            *("webhook_events", "priority", "cost", "deadline_at", "idempotency_key", "fingerprint", "tag"),
+            *("webhook_events", "upload_url", "priority", "cost", "deadline_at", "idempotency_key", "fingerprint"),
+            "tag",
         ],
         select(
             bindparam("new_id", type_=Uuid),
@@ -194,6 +197,7 @@ _NEW = (
             bindparam("new_image_key", type_=Text),
             bindparam("new_webhook_url", type_=Text),
             bindparam("new_webhook_events", type_=ARRAY(Text)),
+            bindparam("new_upload_url", type_=Text),
             bindparam("new_priority", type_=SmallInteger),
             _COST,
             func.now() + bindparam("cancel_after", type_=Interval),
@@ -256,6 +260,7 @@ async def claim(
             row.cost,
             row.strikes,
             WebhookEvent.PROGRESS in row.webhook_events,
+            row.upload_url,
         )
     return None
 
@@ -354,7 +359,8 @@ _CLAIMED = (
         started_at=func.now(),
     )
     .returning(
-        *(Job.id, Job.attempt, Job.options, Job.image_url, Job.image_key, Job.cost, Job.strikes, Job.webhook_events)
+        *(Job.id, Job.attempt, Job.options, Job.image_url, Job.image_key, Job.cost, Job.strikes),
+        *(Job.webhook_events, Job.upload_url),
     )
     .cte("claimed")
 )

@@ -5,10 +5,10 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import RowMapping, Select, bindparam, case, func, literal, select, tuple_
+from sqlalchemy import ColumnElement, RowMapping, Select, and_, bindparam, case, func, literal, select, true, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from db.models import Delivery, Job, JobStatus, WebhookEvent
+from db.models import ApiKey, Delivery, Job, JobStatus, WebhookEvent
 
 OVER = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
 """The states in which nothing happens to a job any more."""
@@ -94,15 +94,17 @@ async def read_any(connection: AsyncConnection, job_id: UUID) -> JobRecord | Non
     return None if row is None else _record(row)
 
 
-async def models_used(connection: AsyncConnection, api_key_id: UUID) -> list[str]:
-    """Return the models that a key's jobs name, sorted."""
-    statement = select(Job.model).where(Job.api_key_id == api_key_id).distinct().order_by(Job.model)
+async def models_used(connection: AsyncConnection, api_key_id: UUID | None) -> list[str]:
+    """Return the models that a key's jobs name, or everybody's, sorted."""
+    statement = select(Job.model).distinct().order_by(Job.model)
+    if api_key_id is not None:
+        statement = statement.where(Job.api_key_id == api_key_id)
     return list((await connection.execute(statement)).scalars())
 
 
 async def browse(
     connection: AsyncConnection,
-    api_key_id: UUID,
+    api_key_id: UUID | None,
     *,
     limit: int,
     status: JobStatus | None = None,
@@ -110,14 +112,23 @@ async def browse(
     search: UUID | None = None,
     before: tuple[datetime, UUID] | None = None,
 ) -> list[JobRecord]:
-    """List a key's jobs, newest first; `before` is the (created_at, id) after which the page begins."""
-    statement = _RECORD.where(Job.api_key_id == api_key_id).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)
+    """List a key's jobs, or everybody's, newest first; `before` is the (created_at, id) after which the page begins."""
+    wanted: list[ColumnElement[bool]] = []
     if status is not None:
-        statement = statement.where(Job.status == status)
+        wanted.append(Job.status == status)
     if model is not None:
-        statement = statement.where(Job.model == model)
+        wanted.append(Job.model == model)
     if search is not None:
-        statement = statement.where(Job.id == search)
+        wanted.append(Job.id == search)
     if before is not None:
-        statement = statement.where(tuple_(Job.created_at, Job.id) < tuple_(literal(before[0]), literal(before[1])))
+        wanted.append(tuple_(Job.created_at, Job.id) < tuple_(literal(before[0]), literal(before[1])))
+    newest_first = Job.created_at.desc(), Job.id.desc()
+    if api_key_id is None:
+        # Jobs are indexed by key, then by age: of each key the newest are looked up, and of those the newest taken.
+        of_key = select(Job.id).where(Job.api_key_id == ApiKey.id, *wanted).order_by(*newest_first).limit(limit)
+        newest = of_key.correlate(ApiKey).lateral()
+        listed = Job.id.in_(select(newest.c.id).select_from(ApiKey).join(newest, true()))
+    else:
+        listed = and_(Job.api_key_id == api_key_id, *wanted)
+    statement = _RECORD.where(listed).order_by(*newest_first).limit(limit)
     return [_record(row) for row in (await connection.execute(statement)).mappings()]

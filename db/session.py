@@ -13,8 +13,9 @@ from core.settings import Settings
 
 MESSAGE = "The database cannot be reached at the moment."
 
-_PASSING = ("08", "40", "53", "57")
-"""Classes of SQLSTATE that time mends: lost connections, spent resources, a server that starts, stops or recovers."""
+_PASSING = ("08", "25006", "40", "53", "57")
+"""Classes of SQLSTATE, and one state, that time mends: lost connections, spent resources, a server that starts, stops
+or recovers, or that only reads until a failover is over."""
 
 
 class Database:

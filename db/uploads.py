@@ -1,12 +1,12 @@
-"""Uploads: the images that callers sent."""
+"""Uploads: the images that callers sent, or said that they would send."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import bindparam, func, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import bindparam, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.errors import IdempotencyKeyReused
@@ -18,7 +18,18 @@ PURGE_DELAY = timedelta(minutes=5)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewUpload:
-    """An image that is to be recorded, and then stored."""
+    """An image that is about to come."""
+
+    id: UUID
+    api_key_id: UUID
+    key: str
+    size_bytes: int | None = None
+    """As it was declared, None where nothing was."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArrivedUpload:
+    """An image that is now stored."""
 
     id: UUID
     api_key_id: UUID
@@ -30,7 +41,7 @@ class NewUpload:
 
 @dataclass(frozen=True, slots=True)
 class StoredUpload:
-    """The upload that was recorded, or the one that the same idempotency key brought before."""
+    """The upload that was stored, or the one that the same idempotency key brought before."""
 
     id: UUID
     key: str
@@ -38,12 +49,17 @@ class StoredUpload:
     replayed: bool
 
 
-async def record(connection: AsyncConnection, upload: NewUpload, ttl: timedelta) -> StoredUpload:
-    """Record an image that is about to be stored, unless the same idempotency key brought it before.
+@dataclass(frozen=True, slots=True)
+class FoundUpload:
+    """An upload that can be named; one that is not `stored` was never looked at."""
 
-    Raises:
-        IdempotencyKeyReused: the idempotency key came with another image before.
-    """
+    key: str
+    size_bytes: int | None
+    stored: bool
+
+
+async def record(connection: AsyncConnection, upload: NewUpload, ttl: timedelta) -> datetime:
+    """Record an image that is about to come; return when it expires. Until it is stored it cannot be used."""
     statement = (
         insert(Upload)
         .values(
@@ -52,11 +68,30 @@ async def record(connection: AsyncConnection, upload: NewUpload, ttl: timedelta)
             key=upload.key,
             size_bytes=upload.size_bytes,
             expires_at=func.now() + ttl,
+        )
+        .returning(Upload.expires_at)
+    )
+    return (await connection.execute(statement)).scalar_one()
+
+
+async def finish(connection: AsyncConnection, upload: ArrivedUpload, ttl: timedelta) -> StoredUpload | None:
+    """Let a recorded upload be used from now on, unless the same idempotency key brought the same image before.
+
+    Returns:
+        None when it expired while it came in; the sweep may have been there already.
+
+    Raises:
+        IdempotencyKeyReused: the idempotency key came with another image before.
+    """
+    statement = (
+        update(Upload)
+        .where(Upload.id == upload.id, Upload.expires_at > func.now())
+        .values(
+            size_bytes=upload.size_bytes,
+            stored_at=func.now(),
+            expires_at=func.now() + ttl,
             idempotency_key=upload.idempotency_key,
             fingerprint=upload.fingerprint,
-        )
-        .on_conflict_do_nothing(
-            index_elements=[Upload.api_key_id, Upload.idempotency_key], index_where=Upload.idempotency_key.is_not(None)
         )
         .returning(Upload.expires_at)
     )
@@ -66,8 +101,13 @@ async def record(connection: AsyncConnection, upload: NewUpload, ttl: timedelta)
     if upload.idempotency_key is not None:
         await _free_expired(connection, upload.api_key_id, upload.idempotency_key)
     while True:
-        if (expires_at := (await connection.execute(statement)).scalar_one_or_none()) is not None:
-            return StoredUpload(upload.id, upload.key, expires_at, replayed=False)
+        try:
+            expires_at = (await connection.execute(statement)).scalar_one_or_none()
+        except IntegrityError as error:
+            if "uploads_idempotency_key_key" not in str(error.orig):
+                raise
+        else:
+            return expires_at and StoredUpload(upload.id, upload.key, expires_at, replayed=False)
         row = (await connection.execute(earlier)).one_or_none()
         if row is None:
             continue  # it was there a moment ago, and its idempotency key has just been freed
@@ -83,15 +123,22 @@ async def _free_expired(connection: AsyncConnection, api_key_id: UUID, idempoten
     await connection.execute(freed)
 
 
-async def find_key(connection: AsyncConnection, upload_id: UUID, api_key_id: UUID) -> str | None:
-    """Return where the upload lies; None when it has expired, or is not that key's, or never was."""
-    found = await connection.execute(_FIND_KEY, {"upload_id": upload_id, "owner": api_key_id})
-    return found.scalar_one_or_none()
+async def find(connection: AsyncConnection, upload_id: UUID, api_key_id: UUID) -> FoundUpload | None:
+    """Return the upload; None when it has expired, or is not that key's, or never was."""
+    row = (await connection.execute(_FIND, {"upload_id": upload_id, "owner": api_key_id})).one_or_none()
+    return FoundUpload(row.key, row.size_bytes, row.stored_at is not None) if row else None
 
 
-_FIND_KEY = select(Upload.key).where(
+_FIND = select(Upload.key, Upload.size_bytes, Upload.stored_at).where(
     Upload.id == bindparam("upload_id"), Upload.api_key_id == bindparam("owner"), Upload.expires_at > func.now()
 )
+
+
+async def mark_stored(connection: AsyncConnection, key: str) -> None:
+    """Record that the object was seen, and is what was declared."""
+    await connection.execute(
+        update(Upload).where(Upload.key == key, Upload.stored_at.is_(None)).values(stored_at=func.now())
+    )
 
 
 async def find_expired(connection: AsyncConnection, limit: int) -> Sequence[str]:

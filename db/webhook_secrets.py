@@ -1,9 +1,12 @@
 """What webhooks are signed with: one current secret per API key, and those that a rotation lets live on for a while.
 
 The first secret is made when it is first asked for. Each change is one statement, and two at the same moment agree.
+The table holds them sealed; here they come and go as they are.
 """
 
+import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,12 +16,16 @@ from sqlalchemy import Interval, LargeBinary, Uuid, bindparam, delete, func, or_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from core.errors import DeploymentError
+from core.sealing import Sealer
 from db.models import WebhookSecret
 
 SECRET_BYTES = 32
 
 MAX_VALID = 5
 """How many secrets sign a webhook at most, the newest first: each adds to a header that receivers bound."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,28 +45,52 @@ class Rotation:
     previous_expires_at: datetime | None
 
 
-async def current(connection: AsyncConnection, api_key_id: UUID) -> SecretRecord:
-    """Return the current secret of a key, made now where there is none."""
+async def current(connection: AsyncConnection, sealer: Sealer, api_key_id: UUID) -> SecretRecord:
+    """Return the current secret of a key, made now where there is none.
+
+    Raises:
+        DeploymentError: it was sealed with a key that the settings do not name.
+    """
     row = (await connection.execute(_CURRENT, {"owner": api_key_id})).one_or_none()
     if row is None:
-        row = (await connection.execute(_MAKE, _new(api_key_id))).one()
-    return SecretRecord(row.secret, row.created_at)
+        row = (await connection.execute(_MAKE, _new(sealer, api_key_id))).one()
+    return SecretRecord(sealer.open(row.secret), row.created_at)
 
 
-async def valid(connection: AsyncConnection, api_key_id: UUID) -> list[bytes]:
-    """Return the secrets that sign a key's webhooks now: the current one, made where there is none, comes first."""
-    found = list((await connection.execute(_VALID, {"owner": api_key_id})).scalars())
-    return found or [(await current(connection, api_key_id)).secret]
+async def valid(connection: AsyncConnection, sealer: Sealer, api_key_id: UUID) -> list[bytes]:
+    """Return the secrets that sign a key's webhooks now: the current one, made where there is none, comes first.
+
+    Raises:
+        DeploymentError: all of them were sealed with keys that the settings do not name.
+    """
+    found = (await connection.execute(_VALID, {"owner": api_key_id})).scalars().all()
+    return _open_some(sealer, found) if found else [(await current(connection, sealer, api_key_id)).secret]
 
 
-async def rotate(connection: AsyncConnection, api_key_id: UUID, overlap: timedelta) -> Rotation:
+async def rotate(connection: AsyncConnection, sealer: Sealer, api_key_id: UUID, overlap: timedelta) -> Rotation:
     """Replace the current secret; the former one stays valid for `overlap`. Rotations at the same moment are one."""
-    row = (await connection.execute(_ROTATE, _new(api_key_id) | {"overlap": overlap})).one()
-    return Rotation(row.secret, row.created_at, row.previous_expires_at)
+    row = (await connection.execute(_ROTATE, _new(sealer, api_key_id) | {"overlap": overlap})).one()
+    return Rotation(sealer.open(row.secret), row.created_at, row.previous_expires_at)
 
 
-def _new(api_key_id: UUID) -> dict[str, Any]:
-    return {"owner": api_key_id, "new_secret": secrets.token_bytes(SECRET_BYTES)}
+def _open_some(sealer: Sealer, sealed: Sequence[bytes]) -> list[bytes]:
+    """Open what can be opened: one signature that a receiver knows is enough."""
+    opened: list[bytes] = []
+    refusal = None
+    for secret in sealed:
+        try:
+            opened.append(sealer.open(secret))
+        except DeploymentError as error:
+            refusal = error
+    if refusal is not None:
+        if not opened:
+            raise refusal
+        logger.warning("webhooks are signed with some of a key's secrets only: %s", refusal)
+    return opened
+
+
+def _new(sealer: Sealer, api_key_id: UUID) -> dict[str, Any]:
+    return {"owner": api_key_id, "new_secret": sealer.seal(secrets.token_bytes(SECRET_BYTES))}
 
 
 _OWN = WebhookSecret.api_key_id == bindparam("owner", type_=Uuid)

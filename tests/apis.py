@@ -31,6 +31,10 @@ class Api:
         self._thread = thread
 
     @property
+    def server(self) -> Server:
+        return self._server
+
+    @property
     def parts(self) -> Parts:
         return self._server.app.state.parts
 

@@ -10,9 +10,10 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from core.options import UpscaleOptions
-from worker.upscaler.engine import Engine, Picture
+from worker.upscaler.engine import Engine
 from worker.upscaler.engines import Config, clarity
 from worker.upscaler.engines.clarity import Clarity
+from worker.upscaler.picture import Picture
 
 Floats = npt.NDArray[np.float64]
 

@@ -1,26 +1,34 @@
 """Fixtures that several tests share: the real servers, and one cloned database for each test."""
 
 import asyncio
-import itertools
+import gc
 import os
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import asyncpg
 import pytest
 
+from cli import processes
 from cli.embedded import Postgres, Redis
-from cli.migrations import upgrade
 from core.settings import Settings, load_settings
 from tests.broker import connect_redis
+from tests.databases import Clones, GivenPostgres, PostgresServer, execute, open_clones
+from tests.distribution import Distribution
 from tests.web import Web, open_web
 
-TEMPLATE = "upscaled_template"
-
 Sql = Callable[..., Sequence[Any]]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Distribution:
+    return Distribution(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector look past what was imported: it stays to the end, and is most of what there is."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -37,34 +45,30 @@ def _no_stray_settings() -> Generator[None]:
         yield
 
 
-class PostgresServer(Protocol):
-    """A server on which the tests may make and drop databases."""
-
-    def url(self, database: str) -> str: ...
-
-
-class GivenPostgres:
-    """The server of TEST_DATABASE_URL, whose user can make databases: to try another version of PostgreSQL."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def url(self, database: str) -> str:
-        return f"{self._url.rpartition('/')[0]}/{database}"
+@pytest.fixture(scope="session", autouse=True)
+def _ports_of_its_own() -> Generator[None]:
+    """Keep two workers of one run from finding the same port free, and one of them from being late."""
+    with pytest.MonkeyPatch.context() as patch:
+        if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+            number, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+            patch.setattr(processes, "PORTS", processes.PORTS[number::count])
+        yield
 
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Generator[PostgresServer]:
-    """The real PostgreSQL, with one migrated database to clone from."""
-    with ExitStack() as started:
-        if given := os.environ.get("TEST_DATABASE_URL"):
-            server = GivenPostgres(given)
-        else:
-            server = started.enter_context(Postgres(tmp_path_factory.mktemp("postgres"), durable=False))
-        asyncio.run(_execute(server.url("postgres"), f"DROP DATABASE IF EXISTS {TEMPLATE}"))
-        asyncio.run(_execute(server.url("postgres"), f"CREATE DATABASE {TEMPLATE}"))
-        upgrade(server.url(TEMPLATE).replace("postgresql://", "postgresql+asyncpg://"))
-        yield server
+    """The real PostgreSQL."""
+    if given := os.environ.get("TEST_DATABASE_URL"):
+        yield GivenPostgres(given)
+    else:
+        with Postgres(tmp_path_factory.mktemp("postgres"), durable=False) as server:
+            yield server
+
+
+@pytest.fixture(scope="session")
+def _clones(postgres: PostgresServer) -> Generator[Clones]:
+    with open_clones(postgres) as clones:
+        yield clones
 
 
 @pytest.fixture(scope="session")
@@ -73,16 +77,12 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Generator[Redis]:
         yield server
 
 
-_numbers = itertools.count(os.getpid() * 1000)  # two runs may share a given server
-
-
 @pytest.fixture
-def database_url(postgres: PostgresServer) -> Generator[str]:
+def database_url(postgres: PostgresServer, _clones: Clones) -> Generator[str]:
     """A database of the test's own: tests commit for real, on as many connections as they like."""
-    name = f"test_{next(_numbers)}"
-    asyncio.run(_execute(postgres.url("postgres"), f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY"))
+    name = _clones.take()
     yield postgres.url(name)
-    asyncio.run(_execute(postgres.url("postgres"), f"DROP DATABASE {name} WITH (FORCE)"))
+    _clones.give_back(name)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def sql(database_url: str) -> Sql:
     """Ask the test's database directly, past all of our code."""
 
     def ask(statement: str, *arguments: object) -> Sequence[Any]:
-        return asyncio.run(_execute(database_url, statement, *arguments))
+        return asyncio.run(execute(database_url, statement, *arguments))
 
     return ask
 
@@ -120,7 +120,7 @@ def sql(database_url: str) -> Sql:
 @pytest.fixture
 def sql_async(database_url: str) -> Callable[..., Awaitable[Sequence[Any]]]:
     """The same, for a test that is itself asynchronous."""
-    return partial(_execute, database_url)
+    return partial(execute, database_url)
 
 
 @pytest.fixture
@@ -128,11 +128,3 @@ def web() -> Generator[Web]:
     """A web server for images and webhooks."""
     with open_web() as web:
         yield web
-
-
-async def _execute(url: str, statement: str, *arguments: object) -> Sequence[Any]:
-    connection = await asyncpg.connect(url)
-    try:
-        return await connection.fetch(statement, *arguments)
-    finally:
-        await connection.close()

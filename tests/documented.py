@@ -8,13 +8,15 @@ import jsonschema
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+_documents: list[dict[str, Any]] = []
+
 
 class DocumentedClient(TestClient):
     """A client that fails the test when an answer is not one that /openapi.json describes."""
 
     def __init__(self, app: FastAPI) -> None:
         super().__init__(app, raise_server_exceptions=False)
-        self._document: dict[str, Any] = app.openapi()
+        self._document = _document_of(app)
 
     def request(self, method: str, url: Any, **arguments: Any) -> httpx.Response:
         response = super().request(method, url, **arguments)
@@ -31,6 +33,13 @@ class DocumentedClient(TestClient):
         if schema and response.headers["Content-Type"] == "application/json":
             whole = {**schema, "components": self._document["components"]}
             jsonschema.validate(response.json(), whole, jsonschema.Draft202012Validator)
+
+
+def _document_of(app: FastAPI) -> dict[str, Any]:
+    """Generate the document once in a run: it is the same for every app, as tests/integration/test_schema.py holds."""
+    if not _documents:
+        _documents.append(app.openapi())
+    return _documents[0]
 
 
 def _matches(template: str, path: str) -> bool:

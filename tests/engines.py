@@ -10,7 +10,7 @@ from pathlib import Path
 from core import failpoints
 from core.errors import Stopped
 from core.options import UpscaleOptions
-from worker.upscaler.engine import Picture
+from worker.upscaler.picture import Picture
 
 SECONDS = 3.0
 STEP_SECONDS = 0.02

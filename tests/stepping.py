@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from core.options import UpscaleOptions
-from worker.upscaler.engine import Picture
+from worker.upscaler.picture import Picture
 
 STEPS = 10
 SECONDS_PER_STEP = 0.25

@@ -54,6 +54,9 @@ def open_web() -> Generator[Web]:
         def do_POST(self) -> None:
             self._answer()
 
+        def do_PUT(self) -> None:
+            self._answer()
+
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
             web.seen.append(Seen(self.command, self.path, dict(self.headers), body))

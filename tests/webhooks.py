@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from core import progress
 from core.outbound import Outbound
+from core.sealing import Sealer
 from core.settings import Settings
 from core.storage import open_storage
 from db.session import Database
@@ -58,7 +59,7 @@ async def sending(settings: Settings) -> AsyncGenerator[Receivers]:
     """Run what a dispatcher runs for webhooks."""
     database, redis, receivers = Database(settings), progress.connect(settings), Receivers()
     async with Outbound(settings.outbound_allow) as outbound, anyio.create_task_group() as tasks:
-        poster = Poster(settings, database, outbound)
+        poster = Poster(settings, database, Sealer(settings), outbound)
         tasks.start_soon(WebhookSender(settings, database, open_storage(settings), poster, receivers).run)
         tasks.start_soon(ProgressSender(database, redis, poster, receivers).run)
         yield receivers

@@ -9,6 +9,7 @@ import anyio
 from core import progress
 from core.outbound import Outbound
 from core.queue import Hints
+from core.sealing import Sealer
 from core.settings import Settings
 from core.storage import open_storage
 from db.session import Database
@@ -29,8 +30,9 @@ def run(settings: Settings) -> None:
 async def _run(settings: Settings) -> None:
     database, redis, hints = Database(settings), progress.connect(settings), Hints(settings)
     try:
-        async with Outbound(settings.outbound_allow) as outbound, anyio.create_task_group() as tasks:
-            poster, receivers = Poster(settings, database, outbound), Receivers()
+        guarded = Outbound(settings.outbound_allow, settings.outbound_proxy)
+        async with guarded as outbound, anyio.create_task_group() as tasks:
+            poster, receivers = Poster(settings, database, Sealer(settings), outbound), Receivers()
             tasks.start_soon(WebhookSender(settings, database, open_storage(settings), poster, receivers).run)
             tasks.start_soon(ProgressSender(database, redis, poster, receivers).run)
             tasks.start_soon(Sweeper(settings, database, redis, hints, open_storage(settings)).run)

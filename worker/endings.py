@@ -15,7 +15,16 @@ from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core import failpoints, notices
-from core.errors import DatabaseUnavailable, LeaseLost, OutOfMemory, Stopped, StorageUnavailable, UpscaledError
+from core.errors import (
+    DatabaseUnavailable,
+    LeaseLost,
+    OutOfMemory,
+    Stopped,
+    StorageUnavailable,
+    UploadFailed,
+    UpscaledError,
+)
+from core.options import OutputFormat
 from core.queue import Hints
 from core.settings import Settings
 from core.storage import Storage, result_key
@@ -23,7 +32,8 @@ from db import jobs
 from db.jobs import Attempt, Result
 from db.models import JobStatus
 from db.session import Database
-from worker.lease import Lease
+from worker.lease import Held, Lease
+from worker.puts import Putter
 
 FINISH_PATIENCE_SECONDS = 60.0
 """How long a finished attempt waits for a storage or a database that is away: the work is done, and worth keeping."""
@@ -51,6 +61,7 @@ class Endings:
         redis: Redis,
         hints: Hints,
         lease: Lease,
+        putter: Putter,
         tasks: TaskGroup,
     ) -> None:
         self._settings = settings
@@ -59,37 +70,59 @@ class Endings:
         self._redis = redis
         self._hints = hints
         self._lease = lease
+        self._putter = putter
         self._tasks = tasks
 
-    async def keep(self, attempt: Attempt, data: bytes, result: Result) -> None:
-        """Write the object under the attempt's own key, then complete the job with it, or take it away again.
+    async def store(self, attempt: Attempt, data: bytes, format: OutputFormat) -> str:
+        """Store the finished picture, waiting for a storage that is away; return its key, which is the attempt's own.
 
         Raises:
-            LeaseLost, Stopped: the job is not ours any more, or unwanted.
-            StorageUnavailable, DatabaseUnavailable: they stayed away for longer than a finished picture can wait.
+            StorageUnavailable: it stayed away for longer than a finished picture can wait.
         """
-        key = result_key(attempt.job_id, attempt.number, result.format)
-        await self._put(key, data)
-        failpoints.reach("after_upload")
-        ttl = timedelta(seconds=self._settings.result_ttl_seconds)
-        try:
-            await self._finish(attempt, lambda connection: jobs.complete(connection, attempt, result, key, ttl))
-        except (LeaseLost, Stopped):
-            await self._storage.delete(key)
-            raise
-        failpoints.reach("after_commit")
-
-    async def _put(self, key: str, data: bytes) -> None:
-        """Store the finished picture, waiting for a storage that is away."""
+        key = result_key(attempt.job_id, attempt.number, format)
         give_up_at = time.monotonic() + FINISH_PATIENCE_SECONDS
         while True:
             try:
-                return await self._storage.write(key, data)
+                await self._storage.write(key, data)
+                break
             except StorageUnavailable as error:
                 if time.monotonic() > give_up_at or self._lease.drained:
                     raise
                 logger.warning("%s: %s", key, error)
                 await anyio.sleep(FINISH_RETRY_SECONDS)
+        failpoints.reach("after_upload")
+        return key
+
+    async def complete(self, held: Held, data: bytes, result: Result, key: str) -> UploadFailed | None:
+        """Put what was stored where the caller wants it, if anywhere; then complete the job, or take the object away.
+
+        Return why the caller's URL did not take it: then the job has failed by that, and keeps its result.
+
+        Raises:
+            LeaseLost, Stopped: the job is not ours any more, or unwanted.
+            DatabaseUnavailable: it stayed away for longer than a finished picture can wait.
+        """
+        attempt, failure = held.attempt, None
+        ttl = timedelta(seconds=self._settings.result_ttl_seconds)
+
+        async def require_wanted() -> None:
+            await self._insist(lambda connection: jobs.require_wanted(connection, attempt))
+
+        async def change(connection: AsyncConnection) -> None:
+            await jobs.complete(connection, attempt, result, key, ttl, failure)
+
+        try:
+            if attempt.upload_url is not None:
+                failure = await self._putter.put(held, data, result.format.content_type, require_wanted)
+            await self._finish(attempt, change)
+        except (LeaseLost, Stopped):
+            try:
+                await self._storage.delete(key)
+            except StorageUnavailable as error:  # which says nothing of the job: the sweep deletes it some day
+                logger.warning("%s stays for now: %s", key, error)
+            raise
+        failpoints.reach("after_commit")
+        return failure
 
     async def fail(self, attempt: Attempt, error: UpscaledError) -> None:
         """Let the job fail by `error`, whose sentence and code its caller will read."""
@@ -120,24 +153,29 @@ class Endings:
             return
         logger.info("job %s attempt %d: handed back, now %s, %s", attempt.job_id, attempt.number, status, why)
         if status is JobStatus.QUEUED and not wait:
-            await anyio.to_thread.run_sync(
-                self._hints.send
-            )  # this worker may be about to end: another one is to begin at once
+            await self.send_hint()  # this worker may be about to end: another one is to begin at once
+
+    async def send_hint(self) -> None:
+        """Say that there may be work that could not be claimed before."""
+        await anyio.to_thread.run_sync(self._hints.send)
 
     async def _finish(self, attempt: Attempt, change: Callable[[AsyncConnection], Awaitable[Value]]) -> Value:
         """Change the attempt's state, waiting for a database that is away, and tell who waits for that."""
+        changed = await self._insist(change)
+        self.announce_soon(attempt.job_id)
+        return changed
+
+    async def _insist(self, ask: Callable[[AsyncConnection], Awaitable[Value]]) -> Value:
+        """Ask the database, waiting for one that is away."""
         give_up_at = time.monotonic() + FINISH_PATIENCE_SECONDS
         while True:
             try:
                 async with self._database.connection() as connection:
-                    changed = await change(connection)
+                    return await ask(connection)
             except DatabaseUnavailable:
                 if time.monotonic() > give_up_at:
                     raise
                 await anyio.sleep(FINISH_RETRY_SECONDS)
-            else:
-                self.announce_soon(attempt.job_id)
-                return changed
 
     def announce_soon(self, job_id: UUID) -> None:
         """Tell who waits for the job to look again; nobody waits for that."""

@@ -1,21 +1,29 @@
 """One POST of a webhook: signed, made, and what came of it."""
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-import aiohttp
-
-from core.errors import UrlNotAllowed
-from core.outbound import Outbound
+from core.errors import DeploymentError, UrlNotAllowed
+from core.outbound import NoAnswer, Outbound
+from core.sealing import Sealer
 from core.settings import Settings
 from core.signing import sign_apiframe, sign_webhook
 from db import keys, webhook_secrets
 from db.deliveries import Outcome
 from db.session import Database
+
+NOT_SIGNED = "This service could not sign the webhook; it will try again."
+"""The error of an attempt that never came to a POST."""
+
+NOT_MADE = "This service could not make the webhook's links; it will try again."
+"""So is this."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,26 +40,28 @@ class Post:
 class Poster:
     """Signs webhooks with their API key's secrets and posts them."""
 
-    def __init__(self, settings: Settings, database: Database, outbound: Outbound) -> None:
+    def __init__(self, settings: Settings, database: Database, sealer: Sealer, outbound: Outbound) -> None:
         self._settings = settings
         self._database = database
+        self._sealer = sealer
         self._outbound = outbound
 
     async def post(self, post: Post) -> Outcome:
         """Post once; raises DatabaseUnavailable when the secrets cannot be read."""
         body = json.dumps(post.body, separators=(",", ":")).encode()
-        headers = await self._headers(post, body)
+        try:
+            headers = await self._headers(post, body)
+        except DeploymentError as error:
+            # It counts as an attempt: the schedule leaves a day to mend the settings, and the owner sees it in the log.
+            logger.error("webhook %s of API key %s: %s", post.id, post.api_key_id, error)  # noqa: TRY400
+            return Outcome(duration_ms=0, error=NOT_SIGNED)
         began = time.monotonic()
         status_code = excerpt = error = retry_after = None
         try:
             answer = await self._outbound.post(post.url, body, headers, self._settings.webhook_timeout_seconds)
             status_code, excerpt, retry_after = answer.status, answer.excerpt, answer.retry_after
-        except UrlNotAllowed as refusal:
-            error = str(refusal)
-        except TimeoutError:
-            error = f"No answer within {self._settings.webhook_timeout_seconds:g} seconds."
-        except (aiohttp.ClientError, ValueError) as failure:
-            error = f"No answer: {type(failure).__name__}."
+        except (UrlNotAllowed, NoAnswer) as failure:
+            error = str(failure)
         return Outcome(
             duration_ms=int(1000 * (time.monotonic() - began)),
             status_code=status_code,
@@ -63,8 +73,8 @@ class Poster:
     async def _headers(self, post: Post, body: bytes) -> dict[str, str]:
         form = self._settings.webhook_apiframe_signature
         async with self._database.connection() as connection:
-            secrets = await webhook_secrets.valid(connection, post.api_key_id)
-            digest = None if form == "off" else await keys.read_digest(connection, post.api_key_id)
+            secrets = await webhook_secrets.valid(connection, self._sealer, post.api_key_id)
+            digest = None if form == "off" else await keys.read_digest(connection, self._sealer, post.api_key_id)
         now = int(time.time())
         headers = {
             "Content-Type": "application/json",
@@ -78,6 +88,11 @@ class Poster:
         return headers
 
 
-def shows_life(outcome: Outcome) -> bool:
-    """Tell whether the receiver lives: whoever answers 404 or 410 to one URL does, and may serve another well."""
+def shows_life(outcome: Outcome) -> bool | None:
+    """Tell whether the receiver lives: whoever answers 404 or 410 to one URL does, and may serve another well.
+
+    None where nobody asked it.
+    """
+    if outcome.error in (NOT_SIGNED, NOT_MADE):
+        return None
     return outcome.status_code is not None and outcome.status_code < 500 and outcome.status_code not in (408, 429)

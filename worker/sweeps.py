@@ -18,7 +18,7 @@ from core.errors import DatabaseUnavailable, StorageUnavailable
 from core.queue import ENOUGH_HINTS, MAX_HINTS, Hints, count_hints
 from core.settings import Settings
 from core.storage import Storage
-from db import estimates, jobs, queue, retention, uploads
+from db import estimates, jobs, queue, retention, uploads, usage
 from db.jobs import Changed
 from db.models import JobStatus
 from db.session import Database
@@ -27,6 +27,9 @@ ADVISORY_LOCK = 0x7377656570  # "sweep": whoever holds it sweeps
 
 PURGED_AT_ONCE = 100
 """Of how many jobs, and how many uploads, one sweep deletes the objects."""
+
+FORGET_SECONDS = 3600.0
+"""How often usage that is too old is looked for: that reads the whole table, and only a new day makes more of it."""
 
 SETTLE_BEATS = 2
 """For how many beats the sweep watches before it declares anyone dead: after an outage of the database, in which nobody
@@ -46,6 +49,7 @@ class Sweeper:
         self._storage = storage
         self._lease = timedelta(seconds=settings.lease_seconds)
         self._silence = max(self._lease, timedelta(seconds=5 * settings.sweep_seconds))
+        self._forget_at = 0.0
 
     async def run(self) -> None:
         """Sweep until cancelled; a server that is away is waited for."""
@@ -120,6 +124,7 @@ class Sweeper:
             try:
                 while await self.purge() >= PURGED_AT_ONCE:
                     pass
+                await self.forget_usage()
             except DatabaseUnavailable as error:
                 logger.warning("expired objects stay for now: %s", error)
             await anyio.sleep(self._settings.sweep_seconds)
@@ -140,6 +145,13 @@ class Sweeper:
             await retention.mark_purged(connection, gone)
             await uploads.mark_purged(connection, gone_uploads)
         return len(gone) + len(gone_uploads)
+
+    async def forget_usage(self) -> None:
+        """Delete usage of long ago, unless that was done lately."""
+        if time.monotonic() >= self._forget_at:
+            async with self._database.connection() as connection:
+                await usage.forget(connection)
+            self._forget_at = time.monotonic() + FORGET_SECONDS
 
     async def _delete(self, keys: Sequence[str]) -> bool:
         try:

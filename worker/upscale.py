@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar, TypeVarTuple
 
 import anyio
@@ -37,15 +38,20 @@ from core.options import SafetyCheck, UpscaleOptions
 from core.outbound import Outbound
 from core.queue import Hints
 from core.settings import Settings
-from core.storage import Storage, open_storage
+from core.storage import Storage, is_upload, open_storage
 from db import queue
 from db.jobs import Attempt, Result
 from db.session import Database
 from worker.endings import Endings
 from worker.lease import Held, Lease
-from worker.upscaler import images
-from worker.upscaler.engine import Engine, Levels, Picture
-from worker.upscaler.plan import check_output
+from worker.puts import Putter, Sideline
+from worker.upscaler import encoding
+from worker.upscaler.decoder import Decoder
+from worker.upscaler.decoding import Header, Limits
+from worker.upscaler.engine import Engine
+from worker.upscaler.memory import machine_bytes
+from worker.upscaler.picture import Levels, Picture
+from worker.upscaler.plan import check_memory, check_output
 
 EMPTY_CLAIM_PAUSE_SECONDS = 0.005
 """A claim comes back empty when every queued row is locked by others: it is asked once more after this pause."""
@@ -98,6 +104,17 @@ class _Ready:
         return self.held.attempt.strikes > 0
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """An attempt whose result is stored, and that has yet to end with it."""
+
+    held: Held
+    data: bytes
+    result: Result
+    key: str
+    claimed_at: float
+
+
 class _Coming:
     """The job that comes next, if it has been asked for."""
 
@@ -129,8 +146,10 @@ def open_worker(settings: Settings, engine: Engine, safety_checker: SafetyChecke
     with (
         start_blocking_portal(backend_options={"use_uvloop": sys.platform != "win32"}) as portal,
         portal.wrap_async_context_manager(_open_parts(settings, engine.name)) as parts,
+        Sideline() as sideline,
+        Decoder(settings.decode_seconds, settings.stall_seconds) as decoder,
     ):
-        yield Worker(settings, engine, safety_checker, portal, parts)
+        yield Worker(settings, engine, safety_checker, portal, parts, sideline, decoder)
 
 
 @asynccontextmanager
@@ -138,9 +157,10 @@ async def _open_parts(settings: Settings, engine: str) -> AsyncGenerator[_Parts]
     database, redis, hints = Database(settings), progress.connect(settings), Hints(settings)
     lease = Lease(settings, database, redis, f"{socket.gethostname()}:{os.getpid()}", engine)
     try:
-        async with Outbound(settings.outbound_allow) as outbound, lease.open(), anyio.create_task_group() as tasks:
-            storage = open_storage(settings)
-            endings = Endings(settings, database, storage, redis, hints, lease, tasks)
+        guarded = Outbound(settings.outbound_allow, settings.outbound_proxy)
+        async with guarded as outbound, lease.open(), anyio.create_task_group() as tasks:
+            storage, putter = open_storage(settings), Putter(settings, outbound)
+            endings = Endings(settings, database, storage, redis, hints, lease, putter, tasks)
             yield _Parts(database, storage, outbound, redis, lease, endings)
     finally:
         hints.close()
@@ -158,13 +178,19 @@ class Worker:
         safety_checker: SafetyChecker | None,
         portal: BlockingPortal,
         parts: _Parts,
+        sideline: Sideline,
+        decoder: Decoder,
     ) -> None:
         self._settings = settings
         self._engine = engine
         self._portal = portal
         self._parts = parts
         self._lease = parts.lease
+        self._sideline = sideline
         self._safety_checker = safety_checker
+        self._decoder = decoder
+        memory_bytes = settings.max_memory_bytes or machine_bytes()
+        self._limits = Limits(settings.max_output_pixels, settings.max_input_side, memory_bytes)
         self._claimed = 0
         self._free_at = 0.0
         """When the engine had last done its work."""
@@ -178,7 +204,8 @@ class Worker:
 
         Whatever is wrong with a job ends that job. What could not be ended, because the database was away, is left to
         the sweep. A job that was lost before is alone from its claim to its end: if it is one that takes its worker
-        with it, it must not do so to its neighbours again and again.
+        with it, it must not do so to its neighbours again and again. What is being put to a caller's URL may outlast
+        this, and is nobody's neighbour: its picture is done.
         """
         before = self._claimed
         try:
@@ -193,7 +220,7 @@ class Worker:
                         _await(writing)
                         ready = self._prepare()
         finally:
-            self._lease.abandon(*self._lease.held)
+            self._lease.abandon(*(held for held in self._lease.held if held not in self._sideline.held))
         return self._claimed - before
 
     def _prepare(self, *, beside_others: bool = False) -> _Ready | None:
@@ -262,14 +289,18 @@ class Worker:
         return None
 
     def _read_picture(self, held: Held) -> _Ready:
-        claimed_at, limit = time.monotonic(), self._settings.max_output_pixels
+        claimed_at = time.monotonic()
         options = UpscaleOptions.model_validate(held.attempt.options)
         if options.safety_check is SafetyCheck.REQUIRED and self._safety_checker is None:
             raise SafetyCheckUnavailable("A safety check is asked for, and this deployment has no classifier for it.")
         source = self._portal.call(self._read, held.attempt)
+
+        def approve(header: Header) -> None:
+            check_output(header.width, header.height, options, self._limits.pixels)
+            check_memory(header.width, header.height, options, self._limits.memory_bytes, alpha=header.alpha)
+
         with held.watched():
-            picture = images.decode(source, limit)
-            check_output(picture.width, picture.height, options, limit)
+            picture = self._decoder.decode(source, self._limits, approve)
         return _Ready(held, options, picture, claimed_at)
 
     def _upscale(self, ready: _Ready, look_ahead: Callable[[], object]) -> Picture:
@@ -288,12 +319,16 @@ class Worker:
         return upscaled
 
     def _write(self, ready: _Ready, upscaled: Picture) -> None:
-        self._stage(ready.held, self._write_picture, ready, upscaled)
+        stored = self._stage(ready.held, self._write_picture, ready, upscaled)
+        if stored is not None and (stored.held.attempt.upload_url is None or ready.alone):
+            self._stage(stored.held, self._complete, stored)
+        elif stored is not None:
+            self._sideline.begin(stored.held, partial(self._complete_aside, stored))
 
-    def _write_picture(self, ready: _Ready, upscaled: Picture) -> None:
+    def _write_picture(self, ready: _Ready, upscaled: Picture) -> _Stored:
         attempt, options = ready.held.attempt, ready.options
         with ready.held.watched():
-            data = images.encode(upscaled, options.output_format, options.output_quality)
+            data = encoding.encode(upscaled, options.output_format, options.output_quality)
         result = Result(
             engine=self._engine.name,
             format=options.output_format,
@@ -303,11 +338,21 @@ class Worker:
             sha256=hashlib.sha256(data).hexdigest(),
             seed=options.seed,
         )
-        self._portal.call(self._parts.endings.keep, attempt, data, result)
+        key = self._portal.call(self._parts.endings.store, attempt, data, result.format)
+        return _Stored(ready.held, data, result, key, ready.claimed_at)
+
+    def _complete_aside(self, stored: _Stored) -> None:
+        self._stage(stored.held, self._complete, stored)
+        # It may have held the last place of its key, and this worker may have found nothing to do because of that.
+        self._portal.call(self._parts.endings.send_hint)
+
+    def _complete(self, stored: _Stored) -> None:
+        attempt, result = stored.held.attempt, stored.result
+        failure = self._portal.call(self._parts.endings.complete, stored.held, stored.data, result, stored.key)
         logger.info(
-            "job %s attempt %d: completed, %dx%d by %s in %.2f s",
-            *(attempt.job_id, attempt.number, result.width, result.height, result.engine),
-            time.monotonic() - ready.claimed_at,
+            "job %s attempt %d: %s, %dx%d by %s in %.2f s",
+            *(attempt.job_id, attempt.number, failure or "completed", result.width, result.height, result.engine),
+            time.monotonic() - stored.claimed_at,
         )
 
     async def _claim(self, beside_others: bool) -> Held | None:
@@ -342,8 +387,10 @@ class Worker:
                 attempt.image_url, settings.max_input_bytes, settings.fetch_timeout_seconds
             )
         assert attempt.image_key is not None  # the schema holds exactly one of the two
+        # A result of ours may be larger than anything that callers may send.
+        limit = self._settings.max_input_bytes if is_upload(attempt.image_key) else None
         try:
-            return await self._parts.storage.read(attempt.image_key)
+            return await self._parts.storage.read(attempt.image_key, limit)
         except NotFound as error:
             raise InputFetchFailed("The uploaded image is gone.") from error
 

@@ -9,14 +9,14 @@ import anyio
 from anyio.abc import TaskGroup
 
 from core.apiframe import event_body, result_body
-from core.errors import DatabaseUnavailable
+from core.errors import DatabaseUnavailable, StorageRefused, StorageUnavailable
 from core.settings import Settings
 from core.storage import Storage
 from db import deliveries, records
 from db.deliveries import DueDelivery, Outcome
 from db.records import JobRecord
 from db.session import Database
-from worker.posts import Post, Poster, shows_life
+from worker.posts import NOT_MADE, Post, Poster, shows_life
 from worker.receivers import IN_FLIGHT_PER_RECEIVER, Receivers
 
 IDLE_SECONDS = 0.5
@@ -102,7 +102,12 @@ class WebhookSender:
         async with self._database.connection() as connection:
             record = await records.read_any(connection, delivery.job_id)
         assert record is not None  # a delivery goes with its job
-        body = await self._body(delivery, record)
+        try:
+            body = await self._body(delivery, record)
+        except (StorageUnavailable, StorageRefused) as error:
+            # It counts as an attempt, like one that cannot be signed: the schedule leaves a day to mend the storage.
+            logger.warning("delivery %s: no URL of the result: %s (%s)", delivery.id, error, error.__cause__)
+            return Outcome(duration_ms=0, error=NOT_MADE)
         return await self._poster.post(
             Post(id=delivery.id, api_key_id=record.api_key_id, event=delivery.event, url=delivery.url, body=body)
         )

@@ -5,19 +5,29 @@ from typing import Literal
 from fastapi import APIRouter
 
 from api.apiframe import schemas
-from api.dependencies import CallerDep
+from api.dependencies import KeyedRoute, PartsDep, ReaderDep
 from api.errors import documented
+from db.models import Scope
 
-router = APIRouter(prefix="/v2", tags=["account"])
+router = APIRouter(prefix="/v2", tags=["account"], route_class=KeyedRoute)
 
 
-@router.get("/me", responses=documented(401, 403))
-async def me(caller: CallerDep) -> schemas.Account:
+@router.get("/me", responses=documented(401, 403, 429))
+async def me(caller: ReaderDep, parts: PartsDep) -> schemas.Account:
     """Return who the key belongs to. There are no users and teams here: a key is both."""
+    default = parts.settings.requests_per_minute or None
     return schemas.Account(
-        user=schemas.User(id=caller.id, email=None, role="MEMBER"),
+        user=schemas.User(id=caller.id, email=None, role="ADMIN" if caller.may(Scope.ADMIN) else "MEMBER"),
         team=schemas.Team(id="default", name="default", plan="self-hosted", credits=None, customerId=None),
-        apiKey=schemas.KeyObject(id=caller.id, name=caller.name, prefix=caller.prefix),
+        apiKey=schemas.KeyObject(
+            id=caller.id,
+            name=caller.name,
+            prefix=caller.prefix,
+            scopes=[scope for scope in Scope if scope in caller.scopes],
+            expiresAt=caller.expires_at,
+            requestsPerMinute=default if caller.requests_per_minute is None else caller.requests_per_minute,
+            dailyPixels=caller.daily_pixels,
+        ),
     )
 
 

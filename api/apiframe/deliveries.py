@@ -6,14 +6,14 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from api.apiframe.schemas import Timestamp
-from api.dependencies import CallerDep, PartsDep
+from api.dependencies import KeyedRoute, PartsDep, ReaderDep, WriterDep
 from api.errors import documented
 from core.errors import NotFound
 from db import deliveries, delivery_log
 from db.delivery_log import DeliveryRecord
 from db.models import DeliveryStatus, WebhookEvent
 
-router = APIRouter(prefix="/v2/jobs/{job_id}/deliveries", tags=["webhooks"])
+router = APIRouter(prefix="/v2/jobs/{job_id}/deliveries", tags=["webhooks"], route_class=KeyedRoute)
 
 
 class DeliveryAttempt(BaseModel):
@@ -43,8 +43,8 @@ class DeliveryList(BaseModel):
     deliveries: list[DeliveryObject]
 
 
-@router.get("", responses=documented(400, 401, 403, 404), summary="Read how a job's webhook fared")
-async def read(job_id: UUID, caller: CallerDep, parts: PartsDep, response: Response) -> DeliveryList:
+@router.get("", responses=documented(400, 401, 403, 404, 429), summary="Read how a job's webhook fared")
+async def read(job_id: UUID, caller: ReaderDep, parts: PartsDep, response: Response) -> DeliveryList:
     """List what was, or is to be, delivered to the job's webhook. Progress is not in it: nobody keeps that."""
     response.headers["Cache-Control"] = "no-store"
     async with parts.database.connection() as connection:
@@ -55,9 +55,12 @@ async def read(job_id: UUID, caller: CallerDep, parts: PartsDep, response: Respo
 
 
 @router.post(
-    "/{delivery_id}/resend", status_code=202, responses=documented(400, 401, 403, 404), summary="Send a webhook again"
+    "/{delivery_id}/resend",
+    status_code=202,
+    responses=documented(400, 401, 403, 404, 429),
+    summary="Send a webhook again",
 )
-async def resend(job_id: UUID, delivery_id: UUID, caller: CallerDep, parts: PartsDep) -> DeliveryObject:
+async def resend(job_id: UUID, delivery_id: UUID, caller: WriterDep, parts: PartsDep) -> DeliveryObject:
     """Send the webhook again now, however it stands, under the same webhook-id and with all retries anew.
 
     An attempt that is under way counts as that: another follows only when it fails.

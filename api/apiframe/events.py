@@ -13,16 +13,16 @@ from typing import Annotated
 from uuid import UUID
 
 import anyio
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Request, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.responses import StreamingResponse
 from starlette.types import Send
 
 from api.apiframe import schemas, views
-from api.dependencies import CallerDep, Parts, PartsDep
+from api.dependencies import KeyedRoute, Parts, PartsDep, ReaderDep, readmit
 from api.errors import documented
 from core import progress
-from core.errors import DatabaseUnavailable, NotFound
+from core.errors import DatabaseUnavailable, KeyInactive, NotFound
 from db.models import JobStatus, WebhookEvent
 from db.records import JobRecord
 
@@ -40,6 +40,15 @@ OVER = 999
 
 _UNBUFFERED = {"description": "Always `no`: proxies shall not hold events back.", "schema": {"type": "string"}}
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"enum": ["queued", "processing", "progress", "completed", "failed", "cancelled"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+        "id": {"type": "string"},
+    },
+    "required": ["event", "data", "id"],
+}
 _EXAMPLE = """retry: 2000
 
 event: processing
@@ -59,7 +68,7 @@ id: 1.999
 
 logger = logging.getLogger(__name__)
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], route_class=KeyedRoute)
 
 
 class _Stream(EventSourceResponse):
@@ -80,18 +89,19 @@ class _Stream(EventSourceResponse):
     responses={
         200: {
             "description": "Events until the job is over: queued, processing, progress, completed, failed, cancelled.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}, "example": _EXAMPLE}},
+            "content": {"text/event-stream": {"itemSchema": _EVENT, "example": _EXAMPLE}},
             "headers": {"X-Accel-Buffering": _UNBUFFERED},
         },
         204: {"description": "Last-Event-ID is that of the last event: there is nothing to come back for."},
-        **documented(400, 401, 403, 404),
+        **documented(400, 401, 403, 404, 429),
     },
     summary="Follow a job",
 )
 async def follow(
     job_id: UUID,
-    caller: CallerDep,
+    caller: ReaderDep,
     parts: PartsDep,
+    request: Request,
     last_event_id: Annotated[
         str | None, Header(alias="Last-Event-ID", description="The last id seen: go on after it.")
     ] = None,
@@ -107,16 +117,18 @@ async def follow(
         last = None  # an id of some other job
     if record.over and last == _place(record):
         return Response(status_code=204, headers=_HEADERS)
-    return _Stream(_stream(parts, caller.id, job_id, last))
+    return _Stream(_stream(parts, request, caller.id, job_id, last))
 
 
-async def _stream(parts: Parts, caller_id: UUID, job_id: UUID, last: Place | None) -> AsyncGenerator[bytes]:
+async def _stream(
+    parts: Parts, request: Request, caller_id: UUID, job_id: UUID, last: Place | None
+) -> AsyncGenerator[bytes]:
     yield format_sse_event(retry=RETRY_MILLISECONDS)
     until = anyio.current_time() + LIFETIME_SECONDS
     beat_at = anyio.current_time() + HEARTBEAT_SECONDS
     with parts.watch.changes(job_id) as changes:
         while True:
-            news, over = await _look(parts, caller_id, job_id, last)
+            news, over = await _look(parts, request, caller_id, job_id, last)
             if not news and not over and anyio.current_time() >= beat_at:
                 yield KEEPALIVE_COMMENT
                 beat_at = anyio.current_time() + HEARTBEAT_SECONDS
@@ -128,16 +140,17 @@ async def _stream(parts: Parts, caller_id: UUID, job_id: UUID, last: Place | Non
 
 
 async def _look(
-    parts: Parts, caller_id: UUID, job_id: UUID, last: Place | None
+    parts: Parts, request: Request, caller_id: UUID, job_id: UUID, last: Place | None
 ) -> tuple[list[tuple[Place, bytes]], bool]:
     """Return the events after a place, in order, and whether there will be no more."""
     try:
+        await readmit(request)
         record = await views.find(parts, caller_id, job_id)
         return await _news(parts, record, last), record.over
     except DatabaseUnavailable as error:
         logger.debug("events of job %s are late: %s", job_id, error)
         return [], False
-    except NotFound:
+    except (NotFound, KeyInactive):
         return [], True
 
 

@@ -7,16 +7,16 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Request, Response
 
 from api.apiframe import schemas, views
-from api.dependencies import CallerDep, Parts, PartsDep, SubmitHeadersDep
+from api.dependencies import KeyedRoute, Parts, PartsDep, SubmitHeadersDep, WriterDep, readmit
 from api.errors import documented
-from api.headers import REPLAYED, preferred_wait
+from api.headers import REPLAYED, add_to_answer, preferred_wait
 from api.intake import Submission
 from api.waiting import hold
-from core.errors import DatabaseUnavailable
+from core.errors import DatabaseUnavailable, KeyInactive
 from db.queue import Submitted
 from db.records import JobRecord
 
-router = APIRouter(prefix="/v2/images", tags=["images"])
+router = APIRouter(prefix="/v2/images", tags=["images"], route_class=KeyedRoute)
 
 _LOCATION = {"description": "Where to poll.", "schema": {"type": "string"}}
 _RETRY_AFTER = {"description": "Seconds to wait before polling.", "schema": {"type": "integer"}}
@@ -50,15 +50,15 @@ _PREFER = "`wait=n`, n from 1 to 60: hold the answer for so long, until the job 
 async def upscale(
     body: schemas.UpscaleRequest,
     headers: SubmitHeadersDep,
-    caller: CallerDep,
+    caller: WriterDep,
     parts: PartsDep,
     request: Request,
     prefer: Annotated[list[str] | None, Header(description=_PREFER)] = None,
 ) -> Response:
     """Record a job that upscales one image, and answer at once. It is committed before the answer leaves."""
     params = body.clarityUpscaleParams
-    submitted = await parts.intake.submit(
-        caller.id,
+    accepted = await parts.intake.submit(
+        caller,
         Submission(
             model=body.model,
             options=params.to_options(body.prompt),
@@ -68,18 +68,21 @@ async def upscale(
             webhook_url=body.wanted_webhook(),
             webhook_field=body.webhook_field,
             webhook_events=body.wanted_events(),
+            upload_url=body.uploadUrl,
             priority=body.priority,
             cancel_after=headers.cancel_after,
             idempotency=await headers.idempotency("/v2/images/upscale", body),
         ),
     )
-    return await _answer(parts, request, caller.id, submitted, preferred_wait(prefer or ()))
+    add_to_answer(request, accepted.headers)
+    return await _answer(parts, request, caller.id, accepted.job, preferred_wait(prefer or ()))
 
 
 async def _answer(parts: Parts, request: Request, caller_id: UUID, submitted: Submitted, wait: int | None) -> Response:
     """Answer 202, or 200 when the job ends within `wait` seconds."""
 
     async def look() -> tuple[JobRecord, bool]:
+        await readmit(request)
         record = await views.find(parts, caller_id, submitted.id)
         return record, record.over
 
@@ -89,7 +92,7 @@ async def _answer(parts: Parts, request: Request, caller_id: UUID, submitted: Su
     if wait is not None:
         headers["Preference-Applied"] = f"wait={wait}"
         # The job is recorded, and its id must reach the caller even when it can no longer be read.
-        with suppress(DatabaseUnavailable):
+        with suppress(DatabaseUnavailable, KeyInactive):
             record = await hold(parts.watch, request, submitted.id, wait, look)
             if record.over:
                 job = await views.show(parts, record)

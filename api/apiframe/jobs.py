@@ -9,20 +9,20 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from api.apiframe import schemas, views
-from api.dependencies import CallerDep, PartsDep
+from api.dependencies import KeyedRoute, PartsDep, ReaderDep, WriterDep, readmit
 from api.errors import documented
 from api.headers import MAX_WAIT_SECONDS, names_tag
 from api.waiting import hold
 from core.errors import Forbidden, ValidationError
 from core.notices import announce, job_channel, worker_channel
 from db import jobs, records
-from db.models import JobStatus
+from db.models import JobStatus, Scope
 from db.records import JobRecord
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], route_class=KeyedRoute)
 
 _WAIT = "Hold the answer for so many seconds until the job is over or, with If-None-Match, until it changes."
-
+_SCOPE = "`team`: everybody's jobs, for admins."
 
 _TAG = {"description": "Changes with the job; for If-None-Match.", "schema": {"type": "string"}}
 _RETRY_AFTER = {
@@ -40,14 +40,14 @@ _RETRY_AFTER = {
             "description": "If-None-Match names it as it is.",
             "headers": {"ETag": _TAG, "Retry-After": _RETRY_AFTER},
         },
-        **documented(400, 401, 403, 404),
+        **documented(400, 401, 403, 404, 429),
     },
     summary="Read a job",
 )
 @router.get("/jobs/{job_id}", response_model=schemas.JobObject, include_in_schema=False)
 async def read(
     job_id: UUID,
-    caller: CallerDep,
+    caller: ReaderDep,
     parts: PartsDep,
     request: Request,
     wait: Annotated[int, Query(ge=0, le=MAX_WAIT_SECONDS, description=_WAIT)] = 0,
@@ -56,6 +56,7 @@ async def read(
     """Return one job. Until it is over, Retry-After says when to ask again."""
 
     async def look() -> tuple[tuple[JobRecord, schemas.JobObject | None], bool]:
+        await readmit(request)
         record = await views.find(parts, caller.id, job_id)
         if not if_none_match:
             return (record, None), record.over
@@ -77,11 +78,11 @@ async def read(
     responses={
         200: {"description": "The job is CANCELLED."},
         202: {"model": schemas.JobObject, "description": "The job runs, and will stop at its next step."},
-        **documented(400, 401, 403, 404, 409),
+        **documented(400, 401, 403, 404, 409, 429),
     },
     summary="Cancel a job",
 )
-async def cancel(job_id: UUID, caller: CallerDep, parts: PartsDep, response: Response) -> schemas.JobObject:
+async def cancel(job_id: UUID, caller: WriterDep, parts: PartsDep, response: Response) -> schemas.JobObject:
     """Cancel a job that is not over. To ask again does no harm."""
     async with parts.database.connection() as connection:
         worker_id = await jobs.cancel(connection, job_id, caller.id)
@@ -93,28 +94,32 @@ async def cancel(job_id: UUID, caller: CallerDep, parts: PartsDep, response: Res
 
 
 @router.get(
-    "/v2/jobs", response_model=schemas.JobList, responses=documented(400, 401, 403), response_model_exclude_unset=True
+    "/v2/jobs",
+    response_model=schemas.JobList,
+    responses=documented(400, 401, 403, 429),
+    response_model_exclude_unset=True,
 )
 async def browse(
-    caller: CallerDep,
+    caller: ReaderDep,
     parts: PartsDep,
     status: JobStatus | None = None,
     model: Annotated[str | None, Query(max_length=200, pattern=r"^[\w./:-]+$")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
-    scope: Literal["user", "team"] = "user",
+    scope: Annotated[Literal["user", "team"], Query(description=_SCOPE)] = "user",
     search: UUID | None = None,
     include_models: bool = False,
 ) -> schemas.JobList:
     """List your jobs, newest first; pass `nextCursor` as `cursor` to go on."""
-    if scope == "team":
-        raise Forbidden("Only an admin can list the jobs of the team.")
+    if scope == "team" and not caller.may(Scope.ADMIN):
+        raise Forbidden(f"This API key lacks the scope {Scope.ADMIN}, which lists everybody's jobs.")
+    owner = None if scope == "team" else caller.id
     before = None if cursor is None else _read_cursor(cursor)
     async with parts.database.connection() as connection:
         found = await records.browse(
-            connection, caller.id, limit=limit + 1, status=status, model=model, search=search, before=before
+            connection, owner, limit=limit + 1, status=status, model=model, search=search, before=before
         )
-        models = {"models": await records.models_used(connection, caller.id)} if include_models else {}
+        models = {"models": await records.models_used(connection, owner)} if include_models else {}
     has_more, found = len(found) > limit, found[:limit]
     return schemas.JobList(
         jobs=[await views.show_listed(parts, record) for record in found],

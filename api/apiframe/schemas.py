@@ -20,10 +20,11 @@ from pydantic import (
 )
 
 from api.intake import draw_seed
+from core.addresses import MAX_URL_CHARACTERS
 from core.apiframe import timestamp
 from core.dialects import Dialect, Format, Prompt, ScaleFactor, parameter, storable, translate
 from core.options import UpscaleOptions
-from db.models import JobStatus, WebhookEvent
+from db.models import JobStatus, Scope, WebhookEvent
 
 MODEL = "clarity-upscale"
 PARAMS_FIELD = "clarityUpscaleParams"
@@ -32,6 +33,7 @@ Timestamp = Annotated[datetime, PlainSerializer(timestamp, return_type=str)]
 
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(storable)]
 Url = Annotated[str, StringConstraints(min_length=1, max_length=2048), AfterValidator(storable)]
+UploadUrl = Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL_CHARACTERS), AfterValidator(storable)]
 
 
 def _parameter(name: str, description: str | None = None, *, step: float | None = None) -> Any:
@@ -50,7 +52,9 @@ class Request(BaseModel):
 class ClarityUpscaleParams(Request):
     """The parameters of clarity-upscale; defaults and ranges are the model page's."""
 
-    image: Text = Field(description="An http(s) URL, a data URI with base64, or upload://<id> of an upload.")
+    image: Text = Field(
+        description="An http(s) URL, upload://<id> or the id of an upload, a data URI with base64, or base64."
+    )
     prompt: Prompt = _parameter("prompt", "Describes the kind of detail to add.")
     negative_prompt: Prompt = _parameter("negative_prompt", "Describes what to keep out.")
     scale_factor: ScaleFactor = _parameter("scale_factor", "Output side over input side.")
@@ -84,6 +88,9 @@ class UpscaleRequest(Request):
         ge=-10,
         le=10,
         description="Among your waiting jobs of equal cost higher goes first. An addition of ours.",
+    )
+    uploadUrl: UploadUrl | None = Field(
+        None, description="Where to PUT the result, for example a signed URL of a bucket. An addition of ours."
     )
     webhookUrl: Url | None = Field(None, description="Where to POST events of this job.")
     webhook_url: Url | None = Field(None, description="The model page's spelling of webhookUrl.")
@@ -160,6 +167,23 @@ class UploadObject(BaseModel):
     expiresAt: Timestamp
 
 
+class PresignRequest(Request):
+    """An image that is to be put into the storage directly."""
+
+    contentType: Literal["image/png", "image/jpeg", "image/webp"]
+    byteSize: int = Field(ge=1, description="The exact size of the file.")
+
+
+class PresignedUpload(BaseModel):
+    id: UUID
+    image: str = Field(description="What names it as an `image`, once it was put: upload://<id>.")
+    method: Literal["PUT"] = "PUT"
+    url: str = Field(description="Takes the file once, without an API key, until expiresAt.")
+    headers: dict[str, str] = Field(description="Headers that the PUT must have; HTTP clients add Content-Length.")
+    expiresAt: Timestamp
+    imageExpiresAt: Timestamp = Field(description="Until when the image can be used.")
+
+
 class User(BaseModel):
     id: UUID
     email: str | None
@@ -177,7 +201,11 @@ class Team(BaseModel):
 class KeyObject(BaseModel):
     id: UUID
     name: str
-    prefix: str
+    prefix: str = Field(description="The first characters of the key.")
+    scopes: list[Scope] = Field(description="What the key may be used for; admin includes the others.")
+    expiresAt: Timestamp | None
+    requestsPerMinute: int | None = Field(description="Null: any number.")
+    dailyPixels: int | None = Field(description="How many may be made for the key in a day, by UTC. Null: any number.")
 
 
 class Account(BaseModel):

@@ -6,12 +6,12 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from api.apiframe.schemas import Timestamp
-from api.dependencies import CallerDep, PartsDep
+from api.dependencies import KeyedRoute, PartsDep, WriterDep
 from api.errors import documented
 from core.signing import show_secret
 from db import webhook_secrets
 
-router = APIRouter(prefix="/v2/webhooks", tags=["webhooks"])
+router = APIRouter(prefix="/v2/webhooks", tags=["webhooks"], route_class=KeyedRoute)
 
 
 class WebhookSecret(BaseModel):
@@ -25,22 +25,22 @@ class RotatedSecret(WebhookSecret):
     )
 
 
-@router.get("/secret", responses=documented(401, 403), summary="Read the webhook secret")
-async def read(caller: CallerDep, parts: PartsDep, response: Response) -> WebhookSecret:
+@router.get("/secret", responses=documented(401, 403, 429), summary="Read the webhook secret")
+async def read(caller: WriterDep, parts: PartsDep, response: Response) -> WebhookSecret:
     """Return what your webhooks are signed with. The first call makes it."""
     response.headers["Cache-Control"] = "no-store"
     async with parts.database.connection() as connection:
-        current = await webhook_secrets.current(connection, caller.id)
+        current = await webhook_secrets.current(connection, parts.sealer, caller.id)
     return WebhookSecret(secret=show_secret(current.secret), createdAt=current.created_at)
 
 
-@router.post("/secret/rotate", responses=documented(401, 403), summary="Replace the webhook secret")
-async def rotate(caller: CallerDep, parts: PartsDep, response: Response) -> RotatedSecret:
+@router.post("/secret/rotate", responses=documented(401, 403, 429), summary="Replace the webhook secret")
+async def rotate(caller: WriterDep, parts: PartsDep, response: Response) -> RotatedSecret:
     """Replace the secret. Until previousExpiresAt webhooks carry a signature for each of the two."""
     response.headers["Cache-Control"] = "no-store"
     overlap = timedelta(seconds=parts.settings.webhook_secret_overlap_seconds)
     async with parts.database.connection() as connection:
-        rotation = await webhook_secrets.rotate(connection, caller.id, overlap)
+        rotation = await webhook_secrets.rotate(connection, parts.sealer, caller.id, overlap)
     return RotatedSecret(
         secret=show_secret(rotation.secret),
         createdAt=rotation.created_at,

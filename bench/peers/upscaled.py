@@ -13,8 +13,9 @@ import psutil
 from bench.peers.models.job import JOURNAL
 from bench.peers.process import kill, writers_of
 from bench.peers.server import Client, Server, State, Ticket, Work
+from cli.keys import create_key
 from cli.processes import free_port
-from cli.stack import Stack, create_key
+from cli.stack import Stack
 
 _STATES = {
     "QUEUED": State.OPEN,

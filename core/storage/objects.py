@@ -6,16 +6,23 @@
 A key is made of our own ids and an extension of our own choosing, never of a caller's words.
 """
 
-from collections.abc import AsyncIterable, Mapping
+import re
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from core.errors import NotFound
 from core.options import OutputFormat
+
+_KEY = re.compile(r"(uploads|results)/[0-9a-f-]{36}(/[0-9]{1,10})?\.(png|jpg|webp)")
 
 CONTENT_TYPES = {f".{format}": format.content_type for format in OutputFormat}
 """The only content types we ever serve, by the extension that we gave the key."""
+
+CACHE_CONTROL = "private, max-age=3600, immutable"
+"""What everybody who reads an object is told: it never changes under its key."""
 
 SNIFFED_BYTES = 12
 """How many bytes from its beginning tell the format of a file."""
@@ -34,8 +41,31 @@ def upload_key(upload_id: UUID, format: OutputFormat) -> str:
     return f"uploads/{upload_id}.{format}"
 
 
+def is_upload(key: str) -> bool:
+    """Tell whether the object came from a caller."""
+    return key.startswith("uploads/")
+
+
 def result_key(job_id: UUID, attempt: int, format: OutputFormat) -> str:
     return f"results/{job_id}/{attempt}.{format}"
+
+
+def check_key(key: str) -> None:
+    """Raise NotFound for what can be no key of ours, whoever signed it."""
+    if not _KEY.fullmatch(key):
+        raise NotFound("There is no such object.")
+
+
+async def gather(chunks: AsyncIterable[bytes], size_bytes: int) -> AsyncGenerator[bytes]:
+    """Yield the same bytes in blocks of that size, the last one smaller; nothing where nothing comes."""
+    rest = bytearray()
+    async for chunk in chunks:
+        rest += chunk
+        while len(rest) >= size_bytes:
+            yield bytes(rest[:size_bytes])
+            del rest[:size_bytes]
+    if rest:
+        yield bytes(rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +86,11 @@ class SignedPut:
 
 
 class Storage(Protocol):
-    """Objects by key. Every method raises StorageUnavailable when the place itself fails."""
+    """Objects by key.
+
+    Every method raises StorageUnavailable when the place itself fails, and all but `delete` StorageRefused when it does
+    not let us: jobs fail by that, and the operator has to mend it.
+    """
 
     async def write(self, key: str, data: bytes) -> None:
         """Store all of `data` under `key`, or nothing."""

@@ -4,11 +4,14 @@ Deploy rule: the code of the release before must run on the schema of this one. 
 the next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import sqlalchemy as sa
-from alembic import op
+from alembic import context, op
 from sqlalchemy.dialects import postgresql
+
+from core.sealing import Sealer
+from core.settings import load_settings
 
 revision: str = "20261122"
 down_revision: str | None = "20261121"
@@ -54,9 +57,11 @@ def upgrade() -> None:
     op.alter_column("uploads", "size_bytes", nullable=True)
     op.add_column("uploads", sa.Column("stored_at", sa.DateTime(timezone=True), nullable=True))
     op.execute("UPDATE uploads SET stored_at = created_at")
+    _change_secrets(lambda sealer: sealer.seal)
 
 
 def downgrade() -> None:
+    _change_secrets(lambda sealer: sealer.open)
     op.execute("UPDATE uploads SET size_bytes = 0 WHERE size_bytes IS NULL")
     op.drop_column("uploads", "stored_at")
     op.alter_column("uploads", "size_bytes", nullable=False)
@@ -69,3 +74,16 @@ def downgrade() -> None:
     for column in ("daily_pixels", "requests_per_minute", "last_used_at", "expires_at", "scopes"):
         op.drop_column("api_keys", column)
     op.drop_table("usage")
+
+
+def _change_secrets(choose: Callable[[Sealer], Callable[[bytes], bytes]]) -> None:
+    """Seal, or open, what webhooks are signed with. The keys are asked for only where there is any such thing."""
+    connection = op.get_bind()
+    change = None
+    for table, name in (("webhook_secrets", "secret"), ("api_keys", "apiframe_digest")):
+        rows = sa.table(table, sa.column("id"), sa.column(name, sa.LargeBinary()))
+        value = rows.c[name]
+        for id, secret in connection.execute(sa.select(rows.c.id, value).where(value.is_not(None))).all():
+            if change is None:
+                change = choose(context.config.attributes.get("sealer") or Sealer(load_settings()))
+            connection.execute(sa.update(rows).where(rows.c.id == id).values({name: change(secret)}))

@@ -16,7 +16,7 @@ import numpy as np
 from core import failpoints
 from core.errors import Stopped
 from core.options import UpscaleOptions
-from worker.upscaler.engine import Picture
+from worker.upscaler.picture import Picture
 
 MARKS = "CHAOS_MARKS"
 """The environment variable that names the folder in which hung attempts leave a mark."""

@@ -141,7 +141,7 @@ class Gate:
             **{("upscaled_jobs", state.lower()): count(state) for state in ("QUEUED", "PROCESSING")},
         }
         for api in self._house.apis:
-            said = await _read_metrics(api)
+            said = await _read_metrics(api, self._house.stack.key)
             for name, value in expected.items():
                 self._expect(said.get(name) == value, f"{api} says {name} is {said.get(name)}, and it is {value}")
 
@@ -235,8 +235,9 @@ def _read(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"result": json.loads(row["result"])} if row.get("result") else row
 
 
-async def _read_metrics(api: str) -> dict[tuple[str, str], float]:
-    async with aiohttp.ClientSession() as http, http.get(f"{api}/metrics") as response:
+async def _read_metrics(api: str, key: str) -> dict[tuple[str, str], float]:
+    headers = {"Authorization": f"Bearer {key}"}
+    async with aiohttp.ClientSession(headers=headers) as http, http.get(f"{api}/metrics") as response:
         response.raise_for_status()
         families = text_string_to_metric_families(await response.text())
     return {

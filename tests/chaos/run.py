@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from cli.stack import create_key
+from cli.keys import create_key
 from db.keys import Limits
 from tests.chaos.clients import Client, Ledger, open_http
 from tests.chaos.driver import Driver, Injected, draw_plan

@@ -97,6 +97,11 @@ def test_keys_can_be_made_while_the_service_runs(stack: Stack) -> None:
         assert json.load(response)["apiKey"]["name"] == "second"
 
 
+def test_the_first_key_may_do_everything(stack: Stack) -> None:
+    assert _call(stack, "/v2/me")["user"]["role"] == "ADMIN"
+    assert _call(stack, "/v2/me")["apiKey"]["scopes"] == ["jobs:write", "jobs:read", "admin"]
+
+
 def test_servers_that_the_environment_names_are_used_and_none_is_started(
     tmp_path: Path, database_url: str, redis_url: str, web: Web
 ) -> None:

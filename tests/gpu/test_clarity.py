@@ -11,8 +11,8 @@ from torch import Tensor
 
 from core.options import Sampler, UpscaleOptions
 from tests import tiny
-from worker.upscaler.engine import Picture
 from worker.upscaler.engines import Config, clarity
+from worker.upscaler.picture import Picture
 from worker.upscaler.plan import Size, tiling
 from worker.upscaler.prompts import Conditioning
 from worker.upscaler.samplers import Noise, sample

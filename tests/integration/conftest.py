@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from api.app import create_app
-from cli.stack import create_key
+from cli.keys import create_key
 from core.settings import Settings
 from tests.documented import DocumentedClient
 from worker.upscale import open_worker

@@ -14,7 +14,7 @@ from core.options import UpscaleOptions
 from core.settings import Settings
 from tests.requests import body_of, png, submit, upload
 from worker.upscale import open_worker
-from worker.upscaler.engine import Picture
+from worker.upscaler.picture import Picture
 
 Sql = Callable[..., list[Any]]
 Work = Callable[[], int]

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.testclient import TestClient
 
-from cli.stack import create_key
+from cli.keys import create_key
 from core.settings import Settings
 from db import deliveries
 from db.deliveries import DueDelivery, Outcome

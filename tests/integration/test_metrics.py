@@ -1,17 +1,30 @@
 """The metrics: what the database counts, in Prometheus's words."""
 
+import asyncio
 from collections.abc import Callable
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from cli.keys import create_key
+from core.settings import Settings
+from db.models import Scope
 from tests.requests import png, submit, upload
+from tests.web import Web
 
 Work = Callable[[], int]
 
 
+@pytest.fixture
+def key(settings: Settings) -> str:
+    """A key that may read metrics, in place of that of the other tests."""
+    return asyncio.run(create_key(settings, "admin", scopes=[Scope.ADMIN]))
+
+
 def _scrape(client: TestClient) -> dict[tuple[str, str], float]:
     answer = client.get("/metrics")
+    assert answer.status_code == 200, answer.text
     assert answer.headers["Content-Type"].startswith("text/plain")
     return {
         (sample.name, sample.labels.get("status", "")): sample.value
@@ -20,9 +33,9 @@ def _scrape(client: TestClient) -> dict[tuple[str, str], float]:
     }
 
 
-def test_metrics_count_what_was_submitted_and_how_it_ended(client: TestClient, work: Work) -> None:
+def test_metrics_count_what_was_submitted_and_how_it_ended(client: TestClient, work: Work, web: Web) -> None:
     submit(client, upload(client, png(2, 2)))
-    submit(client, "http://10.0.0.1/a.png")
+    submit(client, web.serve("/missing", status=404))
     work()
     client.post(f"/v2/jobs/{submit(client, upload(client, png(2, 2)))}/cancel")
     submit(client, upload(client, png(2, 2)))
@@ -37,5 +50,17 @@ def test_metrics_count_what_was_submitted_and_how_it_ended(client: TestClient, w
     assert metrics["upscaled_deliveries_pending", ""] == 0
 
 
-def test_metrics_of_an_empty_service_are_zero(anonymous: TestClient) -> None:
+def test_metrics_of_an_empty_service_are_zero(client: TestClient) -> None:
+    assert set(_scrape(client).values()) == {0}
+
+
+def test_prometheus_can_send_the_key_as_a_bearer_token(anonymous: TestClient, key: str) -> None:
+    anonymous.headers["Authorization"] = f"Bearer {key}"
     assert set(_scrape(anonymous).values()) == {0}
+
+
+def test_metrics_are_for_admins(anonymous: TestClient, settings: Settings) -> None:
+    assert anonymous.get("/metrics").status_code == 401
+    anonymous.headers["X-API-Key"] = asyncio.run(create_key(settings, "no admin"))
+    refused = anonymous.get("/metrics")
+    assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 
 from api.app import create_app
 from core.settings import Settings
+from db import keys
 from tests.documented import DocumentedClient
 from tests.requests import body_of, png, submit, upload
 
@@ -24,7 +25,7 @@ def test_without_its_database_the_api_is_alive_and_not_ready(settings: Settings)
         assert client.get("/healthz").status_code == 200
         assert client.get("/readyz").status_code == 503
         response = client.post(
-            "/v2/images/upscale", json=body_of("https://example.com/a.png"), headers={"X-API-Key": "upk_any"}
+            "/v2/images/upscale", json=body_of("https://example.com/a.png"), headers={"X-API-Key": keys.mint()}
         )
     assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
     assert int(response.headers["Retry-After"]) > 0
@@ -84,7 +85,7 @@ def test_a_bug_is_answered_without_its_details(client: TestClient, monkeypatch: 
     def explode(*_: object) -> None:
         raise ZeroDivisionError("an internal detail")
 
-    monkeypatch.setattr("api.dependencies.KeyRing.find", explode)
+    monkeypatch.setattr("api.keyring.KeyRing.find", explode)
     response = client.get(path)
     assert (response.status_code, response.json()["code"]) == (500, "internal")
     assert "an internal detail" not in response.text

@@ -19,8 +19,9 @@ from db import queue
 from tests.requests import png, submit, upload
 from worker.lease import Watchdog
 from worker.upscale import open_worker
-from worker.upscaler import images
-from worker.upscaler.engine import Picture
+from worker.upscaler import encoding
+from worker.upscaler.decoder import Decoder
+from worker.upscaler.picture import Picture
 
 Sql = Callable[..., list[Any]]
 
@@ -112,8 +113,8 @@ def test_beside_a_job_that_was_lost_before_no_other_is_in_the_worker_s_hands_at_
 
         return looked
 
-    monkeypatch.setattr("worker.upscale.images.decode", looking(images.decode))
-    monkeypatch.setattr("worker.upscale.images.encode", looking(images.encode))
+    monkeypatch.setattr(Decoder, "decode", looking(Decoder.decode))
+    monkeypatch.setattr("worker.upscale.encoding.encode", looking(encoding.encode))
     assert _work(settings, look, look, look) == 3
     assert crowds == [False] * 9
     assert sql("SELECT DISTINCT status FROM jobs") == [("COMPLETED",)]
@@ -199,7 +200,7 @@ def test_a_finished_picture_is_let_go_when_it_is_written(
     client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = _submit_jobs(client, 2)
-    encode, made = images.encode, list[weakref.ref[Any]]()
+    encode, made = encoding.encode, list[weakref.ref[Any]]()
 
     def remember(picture: Picture, *arguments: Any) -> bytes:
         made.append(weakref.ref(picture.rgb))
@@ -209,7 +210,7 @@ def test_a_finished_picture_is_let_go_when_it_is_written(
         assert _within(5, lambda: client.get(f"/v2/jobs/{first}").json()["status"] == "COMPLETED")
         assert _within(1, lambda: made[0]() is None)
 
-    monkeypatch.setattr("worker.upscale.images.encode", remember)
+    monkeypatch.setattr("worker.upscale.encoding.encode", remember)
     assert _work(settings, _nothing, wait) == 2
     assert len(made) == 2
 

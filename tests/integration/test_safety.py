@@ -12,7 +12,7 @@ from core.settings import Settings
 from tests.requests import png, submit, upload
 from worker.upscale import open_worker
 from worker.upscaler import engines
-from worker.upscaler.engine import Levels
+from worker.upscaler.picture import Levels
 
 Sql = Callable[..., list[Any]]
 

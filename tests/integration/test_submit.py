@@ -1,6 +1,5 @@
 """Submitting: what is accepted, what is refused, and in which words."""
 
-import base64
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from core.settings import Settings
-from tests.requests import body_of, png, submit
+from tests.requests import body_of, submit
 
 Sql = Callable[..., list[Any]]
 
@@ -138,7 +137,6 @@ GOOD = {"image": "https://example.com/a.png"}
         ({}, f"{PARAMS}.image", "is required"),
         ({"image": ""}, f"{PARAMS}.image", "String should have at least 1 character"),
         ({"image": 7}, f"{PARAMS}.image", "Input should be a valid string"),
-        ({"image": "photo.png"}, f"{PARAMS}.image", "must begin with http:// or https://"),
         (GOOD | {"prompt": "a\0b"}, f"{PARAMS}.prompt", "must not contain the character NUL"),
         (GOOD | {"prompt": "\ud800"}, f"{PARAMS}.prompt", "Input should be a valid string"),
         (GOOD | {"creativity": float("nan")}, f"{PARAMS}.creativity", "Input should be"),
@@ -146,14 +144,10 @@ GOOD = {"image": "https://example.com/a.png"}
         (GOOD | {"seed": 10**400}, f"{PARAMS}.seed", "Input should be"),
         ({"image": "https://example.com/\0"}, f"{PARAMS}.image", "must not contain the character NUL"),
         ({"image": "data:image/png\0;base64,AAAA"}, f"{PARAMS}.image", "must not contain the character NUL"),
-        ({"image": "https://exa mple.com/"}, f"{PARAMS}.image", "must not contain spaces or control characters"),
+        ({"image": "https://exa mple.com/"}, f"{PARAMS}.image", "must not contain spaces"),
         ({"image": "https://example.com:99999/"}, f"{PARAMS}.image", "malformed"),
         ({"image": "ftp://example.com/a.png"}, f"{PARAMS}.image", "must begin with http:// or https://"),
         ({"image": "https://me:pw@example.com/"}, f"{PARAMS}.image", "must not carry a user name or password"),
-        ({"image": "upload://nonsense"}, f"{PARAMS}.image", "names an upload that does not exist or has expired"),
-        ({"image": "data:image/png;base64,@@"}, f"{PARAMS}.image", "does not hold valid base64"),
-        ({"image": "data:image/png,abc"}, f"{PARAMS}.image", "must be a data URI with base64"),
-        ({"image": "data:image/png;base64,aGVsbG8="}, f"{PARAMS}.image", "is not a PNG, JPEG or WebP image"),
     ],
 )
 def test_a_wrong_parameter_is_refused_by_its_name(
@@ -214,21 +208,6 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read(client: TestClient
     assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
 
 
-def test_a_data_uri_beyond_the_image_limit_is_refused(client: TestClient, settings: Settings) -> None:
-    data = png(1, 1) + b"\0" * settings.max_input_bytes
-    response = client.post("/v2/images/upscale", json=body_of(_data_uri(data)))
-    assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
-
-
-def test_the_data_of_a_data_uri_is_stored_once_and_not_shown_back(client: TestClient, settings: Settings) -> None:
-    job_id = submit(client, _data_uri(png(300, 200)))
-    shown = client.get(f"/v2/jobs/{job_id}").json()["input"]["image"]
-    assert shown.startswith("data:image/png;base64,…")
-    assert len(shown) < 100
-    (stored,) = (settings.storage_dir / "uploads").iterdir()
-    assert stored.read_bytes() == png(300, 200)
-
-
 def test_a_request_without_a_key_is_refused(anonymous: TestClient) -> None:
     response = anonymous.post("/v2/images/upscale", json=body_of("https://example.com/a.png"))
     assert (response.status_code, response.json()["error"]) == (401, "API key is required")
@@ -248,53 +227,7 @@ def test_a_revoked_key_is_refused(client: TestClient, sql: Sql) -> None:
 def test_only_a_hash_of_a_key_is_stored(client: TestClient, key: str, sql: Sql) -> None:
     (row,) = sql("SELECT * FROM api_keys")
     assert all(key not in str(value) for value in dict(row).values())
-    assert client.get("/v2/me").json()["apiKey"]["prefix"] == key[:10]
-
-
-def test_an_upload_can_be_used_by_its_id_and_by_its_url(client: TestClient, sql: Sql) -> None:
-    upload = client.post("/v2/uploads", files={"file": ("anything.txt", png(30, 20), "text/plain")})
-    assert upload.status_code == 201
-    assert upload.json()["contentType"] == "image/png"
-    assert upload.json()["byteSize"] == len(png(30, 20))
-    submit(client, f"upload://{upload.json()['id']}")
-    submit(client, upload.json()["url"])
-    assert len({row["image_key"] for row in sql("SELECT image_key FROM jobs")}) == 1
-
-
-@pytest.mark.parametrize(
-    "rest", ["//[", "//a]b", "//\uff03a/", "//\u2102\u2100/", "x?expires=9&signature=\u00e9", "?&&=%ff"]
-)
-def test_a_url_of_ours_that_was_mangled_is_just_a_url(client: TestClient, rest: str) -> None:
-    response = client.post("/v2/images/upscale", json=body_of(f"http://testserver/v2/files/{rest}"))
-    assert response.status_code in (202, 400)
-
-
-def test_an_upload_of_another_key_cannot_be_used(client: TestClient, settings: Settings, sql: Sql) -> None:
-    upload = client.post("/v2/uploads", files={"file": png(30, 20)}).json()
-    sql("INSERT INTO api_keys (id, name, prefix, hash) VALUES (gen_random_uuid(), 'other', 'upk_', 'x')")
-    sql("UPDATE uploads SET api_key_id = (SELECT id FROM api_keys WHERE name = 'other')")
-    response = client.post("/v2/images/upscale", json=body_of(f"upload://{upload['id']}"))
-    assert response.status_code == 400
-    assert "does not exist" in response.json()["detail"]
-
-
-@pytest.mark.parametrize("name", ["photo.png", "photo.jpg"])
-def test_a_text_file_named_as_an_image_is_refused_at_upload(client: TestClient, name: str) -> None:
-    response = client.post("/v2/uploads", files={"file": (name, b"To whom it may concern", "image/png")})
-    assert response.status_code == 400
-    assert response.json()["details"] == {"file": ["is not a PNG, JPEG or WebP image"]}
-
-
-def test_an_upload_beyond_the_limit_is_refused(client: TestClient, settings: Settings) -> None:
-    data = png(1, 1) + b"\0" * settings.max_input_bytes
-    response = client.post("/v2/uploads", files={"file": data})
-    assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
-
-
-def test_an_upload_without_a_file_is_refused_by_the_field_s_name(client: TestClient) -> None:
-    response = client.post("/v2/uploads", files={"image": png(1, 1)})
-    assert response.status_code == 400
-    assert response.json()["details"] == {"file": ["is required"]}
+    assert client.get("/v2/me").json()["apiKey"]["prefix"] == key[:12]
 
 
 def test_every_answer_names_its_request(client: TestClient) -> None:
@@ -310,7 +243,3 @@ def test_a_client_that_knows_problems_gets_their_media_type(client: TestClient) 
     assert plain.headers["Content-Type"] == "application/json"
     assert problem.headers["Content-Type"] == "application/problem+json"
     assert problem.json()["title"] == "Not Found"
-
-
-def _data_uri(data: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"

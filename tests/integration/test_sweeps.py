@@ -17,7 +17,7 @@ from core.settings import Settings
 from core.storage import open_storage
 from db import jobs, retention, uploads
 from db.session import Database
-from db.uploads import NewUpload
+from db.uploads import ArrivedUpload, NewUpload
 from tests.broker import connect_redis
 from tests.queues import RESULT, Queue
 from worker.sweeps import Sweeper, leading
@@ -284,8 +284,11 @@ async def test_an_upload_that_has_expired_is_deleted_unless_a_job_waits_for_it(
     async def add(age: str) -> str:
         upload_id = uuid4()
         key = f"uploads/{upload_id}.png"
-        upload = NewUpload(id=upload_id, api_key_id=owner, key=key, size_bytes=1, idempotency_key=key, fingerprint=b"1")
-        await queue.do(uploads.record, upload, timedelta(0))
+        await queue.do(uploads.record, NewUpload(id=upload_id, api_key_id=owner, key=key), timedelta(hours=1))
+        stored = ArrivedUpload(
+            id=upload_id, api_key_id=owner, key=key, size_bytes=1, idempotency_key=key, fingerprint=b"1"
+        )
+        await queue.do(uploads.finish, stored, timedelta(hours=1))
         await sql_async("UPDATE uploads SET expires_at = now() - $1::text::interval WHERE id = $2", age, upload_id)
         await _store(settings, key)
         return key
@@ -300,6 +303,19 @@ async def test_an_upload_that_has_expired_is_deleted_unless_a_job_waits_for_it(
     await queue.do(jobs.complete, await queue.take(), RESULT, "k", timedelta(hours=1))
     await sweeper.purge()
     assert _stored(settings) == {recent}
+
+
+async def test_an_upload_that_never_came_in_whole_is_deleted_too(
+    settings: Settings, database: Database, sweeper: Sweeper, sql_async: Any
+) -> None:
+    queue = Queue(database)
+    owner, upload_id = await queue.add_key(), uuid4()
+    late = NewUpload(id=upload_id, api_key_id=owner, key=f"uploads/{upload_id}.png", size_bytes=1)
+    await queue.do(uploads.record, late, timedelta(0))
+    await sql_async("UPDATE uploads SET expires_at = now() - interval '1 day'")
+    await _store(settings, late.key)  # put there, and never named
+    assert await sweeper.purge() == 1
+    assert _stored(settings) == set()
 
 
 async def test_an_object_that_cannot_be_deleted_is_tried_again(

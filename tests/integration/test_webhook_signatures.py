@@ -11,6 +11,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from starlette.testclient import TestClient
 
 from api.app import create_app
+from core.sealing import Sealer
 from core.settings import Settings
 from tests.documented import DocumentedClient
 from tests.requests import png, upload
@@ -108,4 +109,6 @@ def test_what_apiframe_signs_with_is_stored_only_where_the_settings_ask_for_it(
     with DocumentedClient(create_app(settings.model_copy(update={"webhook_apiframe_signature": "hex"}))) as other:
         for _ in range(2):
             assert other.get("/v2/me", headers={"X-API-Key": key}).status_code == 200
-    assert sql(digest)[0]["apiframe_digest"] == hashlib.sha256(key.encode()).digest()
+    sealed = sql(digest)[0]["apiframe_digest"]
+    assert Sealer(settings).open(sealed) == hashlib.sha256(key.encode()).digest()
+    assert hashlib.sha256(key.encode()).digest() not in sealed

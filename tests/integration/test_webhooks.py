@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from core.errors import StorageRefused, StorageUnavailable, UpscaledError
 from core.outbound import Answer, Outbound
 from core.settings import Settings
+from core.storage import LocalStorage
+from db.deliveries import Outcome
 from tests.requests import body_of, png, upload
 from tests.web import Reply, Web
 from tests.webhooks import deliver, owe, submit_with_webhook
+from worker.posts import NOT_MADE, shows_life
 
 Sql = Callable[..., list[Any]]
 Work = Callable[[], int]
@@ -92,6 +96,35 @@ def test_a_failed_attempt_is_repeated_under_the_same_id_and_logged(
     assert len({seen.body for seen in web.seen}) == 1
 
 
+@pytest.mark.parametrize("fault", [StorageUnavailable, StorageRefused])
+def test_a_delivery_waits_its_turn_while_no_url_of_the_result_can_be_made(
+    *,
+    client: TestClient,
+    work: Work,
+    web: Web,
+    settings: Settings,
+    sql: Sql,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: type[UpscaledError],
+) -> None:
+    async def url(*_: object) -> str:
+        raise fault("no credentials of a role")
+
+    submit_with_webhook(client, upload(client, png(4, 3)), web.serve("/hook"))
+    work()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "url", url)
+        deliver(settings, lambda: sql("SELECT * FROM delivery_attempts") != [])
+    (attempt,) = sql("SELECT number, error, status_code FROM delivery_attempts")
+    assert (attempt["number"], attempt["error"], attempt["status_code"]) == (1, NOT_MADE, None)
+    assert shows_life(Outcome(duration_ms=0, error=NOT_MADE)) is None  # the receiver is not to blame
+    assert "bug" not in caplog.text
+    assert web.seen == []
+    assert sql("UPDATE deliveries SET due_at = now() WHERE status = 'pending' AND due_at > now() RETURNING id")
+    deliver(settings, lambda: len(web.seen) == 1)
+
+
 def test_a_delivery_whose_attempts_are_spent_has_failed(
     client: TestClient, work: Work, web: Web, settings: Settings, status: Callable[[], str], sql: Sql
 ) -> None:
@@ -125,7 +158,8 @@ def test_a_redirect_is_a_failure_and_not_followed(
 def test_a_receiver_that_cannot_be_reached_is_logged_with_the_reason(
     client: TestClient, work: Work, settings: Settings, sql: Sql, url: str, reason: str
 ) -> None:
-    submit_with_webhook(client, upload(client, png(4, 3)), url)
+    submit_with_webhook(client, upload(client, png(4, 3)), "https://example.com/hook")
+    sql("UPDATE jobs SET webhook_url = $1", url)  # as if it had been submitted under other settings
     work()
     deliver(settings, lambda: sql("SELECT * FROM delivery_attempts") != [])
     (attempt,) = sql("SELECT status_code, error FROM delivery_attempts")

@@ -25,7 +25,8 @@ from tests.requests import body_of, encoded, png, submit, upload
 from tests.web import Web
 from worker import endings, upscale
 from worker.upscale import open_worker
-from worker.upscaler.engine import Picture
+from worker.upscaler import engines
+from worker.upscaler.picture import Picture
 
 Sql = Callable[..., list[Any]]
 Work = Callable[[], int]
@@ -113,13 +114,15 @@ def test_what_time_may_mend_is_tried_again_after_pauses_that_grow(
 def test_a_mistake_of_the_caller_is_never_tried_again(client: TestClient, work: Work, web: Web, sql: Sql) -> None:
     submit(client, web.url + "/nothing.png")
     submit(client, web.serve("/photo.png", b"To whom it may concern"))
-    submit(client, "http://10.0.0.1/a.png")
+    inside = submit(client, "https://example.com/a.png")
+    sql("UPDATE jobs SET image_url = 'http://10.0.0.1/a.png' WHERE id = $1", inside)
     assert work() == 3
     assert sql("SELECT DISTINCT status, attempt, strikes FROM jobs") == [("FAILED", 1, 0)]
 
 
-def test_an_image_url_inside_a_private_network_fails_the_job(client: TestClient, work: Work) -> None:
-    job_id = submit(client, "http://10.0.0.1/a.png")
+def test_an_image_url_inside_a_private_network_fails_the_job(client: TestClient, work: Work, sql: Sql) -> None:
+    job_id = submit(client, "https://example.com/a.png")
+    sql("UPDATE jobs SET image_url = 'http://10.0.0.1/a.png'")  # as if it had been submitted under other settings
     work()
     assert _failure(client, job_id)[:2] == ("FAILED", "url_not_allowed")
 
@@ -175,6 +178,27 @@ def test_a_header_that_promises_too_many_pixels_is_refused_before_they_are_decod
     job_id = submit(client, upload(client, bomb + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")))
     work()
     assert _failure(client, job_id)[:2] == ("FAILED", "input_too_large")
+
+
+def test_of_an_upload_no_more_is_read_than_the_limit(
+    client: TestClient, work: Work, settings: Settings, sql: Sql
+) -> None:
+    job_id = submit(client, upload(client, png(4, 3)))
+    (key,) = (row["image_key"] for row in sql("SELECT image_key FROM jobs"))
+    (settings.storage_dir / key).write_bytes(png(4, 3) + b"\0" * settings.max_input_bytes)
+    work()
+    assert _failure(client, job_id)[:2] == ("FAILED", "input_too_large")
+
+
+def test_a_result_may_be_an_input_although_no_upload_may_be_as_large(
+    client: TestClient, work: Work, settings: Settings
+) -> None:
+    first = submit(client, upload(client, png(4, 3)))
+    work()
+    second = submit(client, _finished(client, first)["result"]["images"][0])
+    with open_worker(settings.model_copy(update={"max_input_bytes": 10}), engines.load("lanczos")) as worker:
+        worker.work()
+    assert _finished(client, second)["status"] == "COMPLETED"
 
 
 def test_an_upload_that_has_vanished_fails_its_job(client: TestClient, work: Work, settings: Settings) -> None:

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from core.errors import UpscaledError
+from core.errors import UploadFailed, UpscaledError
 from core.settings import Settings
 from db import jobs, queue
 from db.jobs import Attempt, Result
@@ -39,10 +39,17 @@ class Protocol:
         return await queue.claim(connection, worker_id, "tests")
 
     async def complete(
-        self, connection: AsyncConnection, attempt: Attempt, result: Result, key: str, *, dies: bool
+        self,
+        connection: AsyncConnection,
+        attempt: Attempt,
+        result: Result,
+        key: str,
+        failure: UploadFailed | None,
+        *,
+        dies: bool,
     ) -> None:
         """End an attempt; the process `dies` right after its first commit."""
-        await jobs.complete(connection, attempt, result, key, RESULT_TTL)
+        await jobs.complete(connection, attempt, result, key, RESULT_TTL, failure)
 
     async def fail(self, connection: AsyncConnection, attempt: Attempt, error: UpscaledError) -> None:
         await jobs.fail(connection, attempt, error)
@@ -69,9 +76,16 @@ class NoFence(Protocol):
         return replace(attempt, number=number)
 
     async def complete(
-        self, connection: AsyncConnection, attempt: Attempt, result: Result, key: str, *, dies: bool
+        self,
+        connection: AsyncConnection,
+        attempt: Attempt,
+        result: Result,
+        key: str,
+        failure: UploadFailed | None,
+        *,
+        dies: bool,
     ) -> None:
-        await super().complete(connection, await self._current(connection, attempt), result, key, dies=dies)
+        await super().complete(connection, await self._current(connection, attempt), result, key, failure, dies=dies)
 
     async def fail(self, connection: AsyncConnection, attempt: Attempt, error: UpscaledError) -> None:
         await super().fail(connection, await self._current(connection, attempt), error)
@@ -104,17 +118,25 @@ class DeliveryApart(Protocol):
     """The delivery is inserted after the commit that it reports."""
 
     async def complete(
-        self, connection: AsyncConnection, attempt: Attempt, result: Result, key: str, *, dies: bool
+        self,
+        connection: AsyncConnection,
+        attempt: Attempt,
+        result: Result,
+        key: str,
+        failure: UploadFailed | None,
+        *,
+        dies: bool,
     ) -> None:
         this = Job.id == attempt.job_id
         row = (await connection.execute(select(Job.webhook_url, Job.webhook_events, Job.status).where(this))).one()
         await connection.execute(update(Job).where(this).values(webhook_events=[]))
         try:
-            await super().complete(connection, attempt, result, key, dies=dies)
+            await super().complete(connection, attempt, result, key, failure, dies=dies)
         finally:
             await connection.execute(update(Job).where(this).values(webhook_events=row.webhook_events))
-        if not dies and row.status == JobStatus.PROCESSING and "completed" in row.webhook_events:
-            owed = {"job_id": attempt.job_id, "event": "completed", "url": row.webhook_url}
+        event = "failed" if failure else "completed"
+        if not dies and row.status == JobStatus.PROCESSING and event in row.webhook_events:
+            owed = {"job_id": attempt.job_id, "event": event, "url": row.webhook_url}
             await connection.execute(insert(Delivery), owed)
 
 

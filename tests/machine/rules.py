@@ -31,7 +31,8 @@ class Fault(Enum):
     AGE = auto()
 
 
-PICK = st.integers(0, 7)
+PICKS = range(8)
+PICK = st.integers(min(PICKS), max(PICKS))
 MAX_JOBS = 6
 
 
@@ -133,7 +134,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: bool(self._holders()))
     @rule(which=PICK)
     def finish(self, which: int) -> None:
-        self._do(self.world.finish(_pick(self._holders(), which)))
+        # Some results are refused where they are put. A draw of its own would change what the tests' seeds mean.
+        self._do(self.world.finish(_pick(self._holders(), which), refused=which == max(PICKS)))
 
     @precondition(lambda self: bool(self.world.zombies))
     @rule(which=PICK, hand_back=st.booleans())

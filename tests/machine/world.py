@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from core.errors import (
@@ -18,6 +19,7 @@ from core.errors import (
     Stopped,
     StorageUnavailable,
     TooManyQueued,
+    UploadFailed,
 )
 from core.options import UpscaleOptions
 from db import census, workers
@@ -80,7 +82,8 @@ class World:
     async def begin(self) -> None:
         """Empty the database of what an earlier example left."""
         await self.observer.execute(
-            "DELETE FROM deliveries; DELETE FROM jobs; DELETE FROM workers; DELETE FROM tallies; DELETE FROM api_keys;"
+            "DELETE FROM deliveries; DELETE FROM jobs; DELETE FROM workers; DELETE FROM tallies; DELETE FROM usage;"
+            "DELETE FROM api_keys;"
             "UPDATE queue_state SET virtual_time = 0"
         )
         await clock.set_to(self.observer, self.now)
@@ -112,6 +115,7 @@ class World:
             image_url="https://example.com/a.png",
             webhook_url="https://example.com/hook" if webhook else None,
             webhook_events=EVENTS if webhook else (),
+            upload_url="https://example.com/put",
             priority=priority,
             cancel_after=cancel_after,
             idempotency_key=str(job_id) if repeatable else None,
@@ -196,8 +200,8 @@ class World:
         else:
             process.attempt, process.claimed_as, process.ended = attempt, process.id, None
 
-    async def finish(self, process: Process, death: Death = Death.NOT) -> None:
-        """Upload a result and complete the job with it."""
+    async def finish(self, process: Process, death: Death = Death.NOT, *, refused: bool = False) -> None:
+        """Store a result and end the job with it; it fails by that when the caller's server `refused` it."""
         attempt = process.attempt
         assert attempt is not None
         if self.orders[attempt.job_id].poison or death is Death.BEFORE_UPLOAD:
@@ -209,9 +213,9 @@ class World:
         if death is Death.AFTER_UPLOAD:
             self.crash(process)
             return
-        dies = death is Death.AFTER_COMMIT
+        dies, failure = death is Death.AFTER_COMMIT, UploadFailed("It answered 403.") if refused else None
         try:
-            await self.protocol.complete(self.connection, attempt, result_of(content), key, dies=dies)
+            await self.protocol.complete(self.connection, attempt, result_of(content), key, failure, dies=dies)
         except (LeaseLost, Stopped) as error:
             assert process.ended is not JobStatus.COMPLETED, "an end that was committed was refused when said again"
             await self.objects.delete(key)
@@ -219,7 +223,7 @@ class World:
                 await self.hand_back(process)
             process.attempt = None
         else:
-            process.ended = JobStatus.COMPLETED
+            process.ended = JobStatus.FAILED if refused else JobStatus.COMPLETED
             if death is not Death.ANSWER_LOST:
                 process.attempt = None
         if dies:
@@ -323,7 +327,10 @@ class World:
         assert row["strikes"] <= max_strikes, "too many strikes"
         assert over or row["strikes"] < max_strikes, "a job lives on after its last strike"
         assert (row["error_code"] is not None) == (status == JobStatus.FAILED) or status == JobStatus.CANCELLED
-        if status == JobStatus.COMPLETED:
+        assert row["upload_url"] == (None if over else order.new.upload_url), "the upload URL outlives its job"
+        kept = status == JobStatus.COMPLETED or row["error_code"] == UploadFailed.code
+        assert (row["result_key"] is not None) == kept, "a result is missing, or should be"
+        if kept:
             key, content = object_of(row["id"], row["attempt"])
             assert row["result_key"] == key, "the result is another attempt's"
             assert row["sha256"] == hashlib.sha256(content).hexdigest()
@@ -337,6 +344,8 @@ class World:
                 expected[row["status"].lower()] = expected.get(row["status"].lower(), 0) + 1
         counted = await census.read_tallies(self.connection)
         assert {name: count for name, count in counted.items() if count} == {k: v for k, v in expected.items() if v}
+        used = await self.connection.execute(text("SELECT coalesce(sum(jobs), 0) FROM usage"))
+        assert used.scalar_one() == sum(row["result_key"] is not None for row in self.rows.values())
 
     async def settle(self) -> None:
         """Let faults stop: every job must come to an end within a few sweeps, and every object go in its time."""
@@ -414,7 +423,7 @@ class World:
 
 _LOOK = """
     SELECT id, status, attempt, strikes, api_key_id, due_at, started_at, completed_at, cancel_requested_at, expires_at,
-        result_key, result->>'sha256' AS sha256, error, error_code,
+        result_key, result->>'sha256' AS sha256, error, error_code, upload_url,
         ARRAY(SELECT event::text FROM deliveries WHERE job_id = jobs.id) AS events
     FROM jobs
 """

@@ -7,8 +7,8 @@ import pytest
 
 from core.options import UpscaleOptions
 from tests import tiny
-from worker.upscaler.engine import Picture
 from worker.upscaler.engines import Config, clarity
+from worker.upscaler.picture import Picture
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ import pytest
 from bench import sd15
 from core.options import ColourFix, UpscaleOptions
 from worker.upscaler.components import choose_device, choose_dtype
-from worker.upscaler.engine import Picture
 from worker.upscaler.engines import Config
 from worker.upscaler.engines.clarity import Clarity
+from worker.upscaler.picture import Picture
 
 
 @pytest.mark.slow

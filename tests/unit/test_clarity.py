@@ -11,7 +11,8 @@ from PIL import Image
 
 from core.options import ColourFix, Sampler
 from tests.clarity import QUICK, counted, difference, photo, upscale
-from worker.upscaler import images, resampling
+from worker.upscaler import resampling
+from worker.upscaler.decoding import Limits, decode
 from worker.upscaler.engines.clarity import Clarity
 from worker.upscaler.plan import Size, output_size
 
@@ -70,7 +71,7 @@ def _rotated() -> bytes:
 def test_pictures_of_every_mode_go_through(
     engine: Clarity, data: bytes, size: tuple[int, int], transparent: bool
 ) -> None:
-    picture = images.decode(data, 10**6)
+    picture = decode(data, Limits(pixels=10**6))
     upscaled = upscale(engine, picture, steps=3)
     assert (upscaled.width, upscaled.height) == size
     assert (upscaled.alpha is not None) == transparent

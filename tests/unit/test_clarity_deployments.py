@@ -13,9 +13,9 @@ from core.errors import DeploymentError
 from core.options import ColourFix
 from tests.clarity import QUICK, counted, difference, load, photo, upscale
 from worker.upscaler import engines
-from worker.upscaler.engine import Levels, Picture
 from worker.upscaler.engines import Config, clarity
 from worker.upscaler.engines.clarity import Clarity
+from worker.upscaler.picture import Levels, Picture
 from worker.upscaler.superres import Network
 
 

@@ -13,8 +13,9 @@ import pytest
 from core.errors import DeploymentError
 from core.options import UpscaleOptions
 from worker.upscaler import engines
-from worker.upscaler.engine import Engine, Picture
+from worker.upscaler.engine import Engine
 from worker.upscaler.engines import Config
+from worker.upscaler.picture import Picture
 
 
 class Mirror:

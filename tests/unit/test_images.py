@@ -4,21 +4,23 @@ import logging
 import resource
 import struct
 import time
-import warnings
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms, JpegImagePlugin, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from core.errors import InputNotImage, InputTooLarge, OutOfMemory, OutputTooLarge
 from core.options import OutputFormat
-from worker.upscaler.engine import Levels, Picture
-from worker.upscaler.images import decode, encode, to_levels, to_linear
+from worker.upscaler.decoding import Limits, decode
+from worker.upscaler.encoding import encode
+from worker.upscaler.light import to_levels, to_linear
+from worker.upscaler.picture import Levels, Picture
 
-LIMIT = 1_000_000
+LIMIT = Limits(pixels=1_000_000)
 FORMATS: list[tuple[str, dict[str, Any]]] = [("PNG", {}), ("JPEG", {"quality": 95}), ("WEBP", {"lossless": True})]
 SRGB_TO_XYZ = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
 P3_TO_XYZ = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
@@ -111,26 +113,6 @@ def test_a_truncated_file_is_refused_as_not_an_image(file_format: str, options: 
     assert refused.value.__cause__ is not None
 
 
-def test_no_damage_makes_anything_but_a_picture_or_a_refusal() -> None:
-    dice = np.random.default_rng(20)
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    options: dict[str, Any] = {"exif": exif, "icc_profile": _linear_p3()}
-    files = [bytearray(_file(_pixels(20, 30, 3), file_format, **options)) for file_format, _ in FORMATS]
-    files.append(bytearray(_file(Image.fromarray(_pixels(20, 30, 3)).quantize(9), transparency=b"\1\2\3")))
-    outcomes = {True: 0, False: 0}
-    for turn in range(1600):
-        data = files[turn % len(files)].copy()
-        for place in dice.integers(len(data), size=1 + turn % 3):
-            data[place] = dice.integers(256)
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                outcomes[decode(bytes(data), LIMIT).width > 0] += 1
-        except (InputNotImage, InputTooLarge):
-            outcomes[False] += 1
-    assert min(outcomes.values()) > 200
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -154,9 +136,87 @@ def test_the_callers_limit_decides_and_not_pillows(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     data = _file(_pixels(20, 30, 3), file_format, **options)
-    assert decode(data, 600).width == 30
+    assert decode(data, Limits(pixels=600)).width == 30
     with pytest.raises(InputTooLarge, match="30 x 20 = 600 pixels; the limit is 599"):
-        decode(data, 599)
+        decode(data, Limits(pixels=599))
+
+
+@pytest.mark.parametrize(("file_format", "options"), [*FORMATS, ("WEBP", {})])
+def test_the_longest_side_is_limited_too(file_format: str, options: dict[str, Any]) -> None:
+    data = _file(_pixels(20, 30, 3), file_format, **options)
+    assert decode(data, Limits(pixels=600, side=30)).width == 30
+    with pytest.raises(InputTooLarge, match=r"30 x 20 pixels; the limit is 29 on a side\.$"):
+        decode(data, Limits(pixels=600, side=29))
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}], ids=["VP8", "VP8L", "VP8X"])
+def test_a_webp_s_canvas_is_refused_before_libwebp_allocates_it(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    data = _file(_pixels(20, 30, 3), "WEBP", **options)
+    monkeypatch.delattr(WebPImagePlugin, "_webp")
+    with pytest.raises(InputTooLarge, match="30 x 20 = 600 pixels"):
+        decode(data, Limits(pixels=599))
+    with pytest.raises(InputTooLarge, match="of memory"):
+        decode(data, Limits(pixels=600, memory_bytes=12_000))
+
+
+def test_a_file_of_more_chunks_segments_or_scans_than_honest_ones_have_is_refused_at_once() -> None:
+    rgb = _pixels(16, 16, 3)
+    png, jpeg, many = _file(rgb), _file(rgb, "JPEG"), _file(rgb, "JPEG", progressive=True)
+    header, scan = png.index(b"IDAT") - 4, many.index(b"\xff\xda")
+    honest = decode(png, LIMIT), decode(jpeg, LIMIT), decode(many, LIMIT)
+    chunk = struct.pack(">I4sI", 0, b"prVt", zlib.crc32(b"prVt"))
+    next_scan = many.index(b"\xff\xc4", scan)
+    cases: list[tuple[str, Callable[[int], bytes], int]] = [
+        ("chunks", lambda times: png[:header] + chunk * times + png[header:], 65_000),
+        ("segments", lambda times: jpeg[:2] + b"\xff\xfe\0\x03x" * times + jpeg[2:], 2_000),
+        ("scans", lambda times: many[:scan] + many[scan:next_scan] * times + many[scan:], 240),
+    ]
+    for (named, made, enough), picture in zip(cases, honest, strict=True):
+        assert np.array_equal(decode(made(enough), LIMIT).rgb, picture.rgb)
+        began = time.monotonic()
+        with pytest.raises(InputTooLarge, match=f"more than [0-9]+ {named}"):
+            decode(made(2 * enough), LIMIT)
+        assert time.monotonic() - began < 0.5
+
+
+def test_what_only_looks_like_a_part_is_not_counted() -> None:
+    jpeg = _file(_pixels(16, 16, 3), "JPEG", progressive=True)
+    behind = jpeg + b"\xff\xc8" * 100_000
+    within = jpeg[:2] + b"\xff\xfe" + struct.pack(">H", 60_002) + b"\xff\xda" * 30_000 + jpeg[2:]
+    assert decode(_file(_pixels(16, 16, 3)) + bytes(1_000_000), LIMIT).width == 16
+    for data in (behind, within):
+        assert np.array_equal(decode(data, LIMIT).rgb, decode(jpeg, LIMIT).rgb)
+
+
+@pytest.mark.parametrize("kind", ["iCCP", "zTXt", "iTXt"])
+def test_a_png_s_compressed_text_or_profile_is_not_inflated_beyond_bounds(kind: str) -> None:
+    bomb = {"iCCP": b"x\0\0", "zTXt": b"x\0\0", "iTXt": b"x\0\1\0\0\0"}[kind] + zlib.compress(bytes(1 << 25))
+    png = _file(_pixels(4, 4, 3))
+    name = kind.encode()
+    chunk = struct.pack(">I", len(bomb)) + name + bomb + struct.pack(">I", zlib.crc32(name + bomb))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputNotImage, match="too large"):
+        decode(png[:33] + chunk + png[33:], LIMIT)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
+
+
+def test_more_samples_than_a_png_s_header_promises_are_not_inflated() -> None:
+    rows = [bytes(12)] * 4 + [bytes(1 << 20)] * 64
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = _png((4, 4), 8, 2, rows)
+    made = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert decode(data, LIMIT).rgb.shape == (4, 4, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - max(made, before) < 20_000
+
+
+def test_exif_data_whose_entries_all_claim_the_whole_file_cost_no_more_than_the_file() -> None:
+    entries = b"".join(struct.pack("<HHII", tag, 7, 400_000, 0) for tag in range(1, 40_000))
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", 39_999) + entries
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert decode(_file(_pixels(4, 4, 3), exif=b"Exif\0\0" + exif), LIMIT).width == 4
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
 
 
 def test_a_picture_that_memory_cannot_hold_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +242,13 @@ def test_all_three_formats_are_read(file_format: str, options: dict[str, Any], s
     picture = decode(_file(rgb, file_format, **options), LIMIT)
     assert picture.alpha is None
     assert _furthest(picture.rgb, rgb) <= (2 if file_format == "JPEG" else 0)
+
+
+def test_a_picture_of_many_bands_is_copied_whole() -> None:
+    rgba = _pixels(700, 900, 4)
+    picture = decode(_file(rgba, compress_level=1), LIMIT)
+    assert np.array_equal(picture.rgb, rgba[..., :3])
+    assert np.array_equal(np.asarray(picture.alpha), rgba[..., 3])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
@@ -243,7 +310,7 @@ def test_sixteen_bits_become_eight_by_scale_and_are_not_cut_off(colour: int, cha
     seen = picture.rgb[0] if picture.alpha is None else np.dstack((picture.rgb, picture.alpha))[0]
     exact = samples.reshape(64, channels) / 257
     exact = exact[:, {1: [0, 0, 0], 2: [0, 0, 0, 1], 3: [0, 1, 2], 4: [0, 1, 2, 3]}[channels]]
-    assert np.abs(seen - exact).max() < 1
+    assert np.abs(seen - exact).max() <= (0.5 if channels == 1 else 1)
     assert {seen.min(), seen.max()} == {0, 255}
 
 
@@ -253,6 +320,56 @@ def test_of_an_animation_the_first_frame_counts(file_format: str) -> None:
     options: dict[str, Any] = {"lossless": True} if file_format == "WEBP" else {}
     picture = decode(_file(frames[0], file_format, save_all=True, append_images=frames[1:], **options), LIMIT)
     assert (picture.rgb == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_of_an_animation_no_further_frame_is_decoded(file_format: str) -> None:
+    frames = [Image.fromarray(_pixels(40, 40, 3)).rotate(turn) for turn in (0, 90, 180)]
+    options: dict[str, Any] = {"lossless": True} if file_format == "WEBP" else {}
+    whole = _file(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    damaged = bytearray(whole)
+    for place in range(len(damaged) - 800, len(damaged) - 100):
+        damaged[place] ^= 0x55
+    assert _last_frame(bytes(damaged)) != _last_frame(whole)
+    assert np.array_equal(decode(bytes(damaged), LIMIT).rgb, decode(whole, LIMIT).rgb)
+
+
+def _last_frame(data: bytes) -> bytes:
+    with Image.open(BytesIO(data)) as image:
+        image.seek(2)
+        try:
+            return image.tobytes()
+        except (OSError, SyntaxError):
+            return b"damaged"
+
+
+def test_of_a_jpeg_of_several_pictures_the_first_counts_whatever_its_index_says() -> None:
+    frames = [Image.fromarray(_pixels(16, 16, 3)).rotate(turn) for turn in (0, 90)]
+    data = _file(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    index = data.index(b"MPF\0") + 4
+    for broken in (
+        data,
+        data[:index] + bytes(40) + data[index + 40 :],
+        data[:index] + b"\xff" * 60 + data[index + 60 :],
+    ):
+        assert np.array_equal(decode(broken, LIMIT).rgb, decode(_file(frames[0], "JPEG"), LIMIT).rgb)
+
+
+def test_a_png_whose_palette_is_missing_is_refused() -> None:
+    """Found by damaging files at random: Pillow asserts that there is one."""
+    with pytest.raises(InputNotImage):
+        decode(_png((4, 4), 8, 3, [bytes(4)] * 4), LIMIT)
+
+
+@pytest.mark.parametrize("key", [b"transparency", b"icc_profile", b"interlace", b"exif", b"bbox", b"duration"])
+def test_a_text_that_is_named_like_something_else_is_text(key: bytes) -> None:
+    png = _file(_pixels(4, 4, 3))
+    body = b"tEXt" + key + b"\0some words"
+    data = png[:33] + struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) + png[33:]
+    try:
+        assert np.array_equal(decode(data, LIMIT).rgb, _pixels(4, 4, 3))
+    except InputNotImage:
+        assert key in (b"transparency", b"bbox", b"interlace")
 
 
 @pytest.mark.parametrize(("file_format", "options"), FORMATS)

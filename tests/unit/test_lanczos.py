@@ -12,9 +12,9 @@ from PIL import Image
 from core.errors import OutOfMemory, Stopped
 from core.options import UpscaleOptions
 from worker.upscaler import resampling
-from worker.upscaler.engine import Levels, Picture
 from worker.upscaler.engines.lanczos import Lanczos
-from worker.upscaler.images import to_levels, to_linear
+from worker.upscaler.light import to_levels, to_linear
+from worker.upscaler.picture import Levels, Picture
 from worker.upscaler.plan import output_size
 
 

@@ -16,6 +16,7 @@ from worker.upscaler.plan import (
     Size,
     Span,
     balanced_batch,
+    check_memory,
     check_output,
     check_sides,
     output_size,
@@ -67,6 +68,18 @@ def test_an_output_longer_than_its_format_allows_is_refused_with_the_numbers(out
     check_sides(Size(width=limit, height=1), output_format)
     with pytest.raises(OutputTooLarge, match=rf"1 x {limit + 1} pixels.* {output_format.value} file .* {limit} "):
         check_sides(Size(width=1, height=limit + 1), output_format)
+
+
+def test_an_output_that_memory_cannot_hold_is_refused_before_it_is_made() -> None:
+    png = UpscaleOptions(scale_factor=2, output_format=OutputFormat.PNG)
+    webp = png.model_copy(update={"output_format": OutputFormat.WEBP})
+    check_memory(1000, 1000, png, 64_000_000, alpha=True)
+    check_memory(1000, 1000, webp, 64_000_000, alpha=False)
+    for options, alpha, limit in ((png, False, 63_999_999), (webp, True, 191_999_999)):
+        with pytest.raises(
+            OutputTooLarge, match=r"2000 x 2000 pixels and take about [0-9]+ MiB of memory; the limit is"
+        ):
+            check_memory(1000, 1000, options, limit, alpha=alpha)
 
 
 def test_the_format_limits_the_output_and_not_the_input() -> None:

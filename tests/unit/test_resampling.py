@@ -5,7 +5,7 @@ import pytest
 
 from core.errors import OutOfMemory, Stopped
 from worker.upscaler import resampling
-from worker.upscaler.engine import Levels, Picture
+from worker.upscaler.picture import Levels, Picture
 from worker.upscaler.plan import Size
 from worker.upscaler.resampling import resample, resample_alpha
 

@@ -17,7 +17,7 @@ from transformers import CLIPConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from core.errors import DeploymentError
-from worker.upscaler.engine import Levels
+from worker.upscaler.picture import Levels
 from worker.upscaler.safety import MAX_ASPECT, SafetyChecker
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from core.errors import DeploymentError, OutOfMemory, Stopped
 from worker.upscaler import superres
-from worker.upscaler.engine import Levels, Picture
+from worker.upscaler.picture import Levels, Picture
 from worker.upscaler.plan import Size, Tiling, output_size, tiling
 from worker.upscaler.resampling import resample
 from worker.upscaler.superres import Network, enlarge

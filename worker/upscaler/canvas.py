@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from worker.upscaler.engine import Levels
+from worker.upscaler.picture import Levels
 from worker.upscaler.plan import Size
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import OutOfMemory
-from worker.upscaler.engine import Levels, Picture
-from worker.upscaler.images import to_fractions, to_levels, to_linear
+from worker.upscaler.light import to_fractions, to_levels, to_linear
+from worker.upscaler.picture import Levels, Picture
 from worker.upscaler.plan import Size, Span, spans
 
 Planes: TypeAlias = npt.NDArray[np.float32]

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from core.errors import DeploymentError
-from worker.upscaler.engine import Levels
+from worker.upscaler.picture import Levels
 from worker.upscaler.plan import Size, tiling
 
 MAX_ASPECT = 16

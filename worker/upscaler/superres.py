@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from core.errors import DeploymentError, OutOfMemory
-from worker.upscaler.engine import Levels, Picture
+from worker.upscaler.picture import Levels, Picture
 from worker.upscaler.plan import Size, tiling
 from worker.upscaler.resampling import resample
 

@@ -22,9 +22,9 @@ from worker.upscaler import components, schedules, superres, weights
 from worker.upscaler.canvas import padded, to_levels, to_tensor
 from worker.upscaler.colour import restore_colours, sharpen
 from worker.upscaler.components import Components
-from worker.upscaler.engine import Levels, Picture
 from worker.upscaler.engines import Config
 from worker.upscaler.loras import Loras
+from worker.upscaler.picture import Levels, Picture
 from worker.upscaler.plan import CELL_PIXELS, PRESETS, Pass, Size, Tiling, balanced_batch, fitting_batch, passes, tiling
 from worker.upscaler.prompts import Conditioning, PromptEncoder, extract_loras, load_embeddings
 from worker.upscaler.resampling import resample_alpha

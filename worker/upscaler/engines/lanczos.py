@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from core.errors import Stopped
 from core.options import UpscaleOptions
-from worker.upscaler.engine import Picture
+from worker.upscaler.picture import Picture
 from worker.upscaler.plan import output_size
 from worker.upscaler.resampling import resample
 
