@@ -15,6 +15,7 @@ from api.intake import Intake
 from api.keyring import open_key_ring
 from api.middleware import BodyLimit, Envelope, LastResort
 from api.rates import Rates
+from api.room import Room
 from api.waiting import open_watch
 from core import progress
 from core.queue import Hints
@@ -46,19 +47,25 @@ LONG_BODIES = (("POST", "/v2/images/upscale"), ("POST", "/v2/uploads"), ("PUT", 
 def create_app(settings: Settings) -> FastAPI:
     """Wire an API process; connections are opened when it starts and closed when it stops."""
 
+    # base64 needs four characters for three bytes; the rest of a request is small.
+    max_bytes = settings.max_input_bytes * 4 // 3 + _OVERHEAD_BYTES
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         database, storage, hints = Database(settings), open_storage(settings), Hints(settings)
         redis, sealer = progress.connect(settings), Sealer(settings)
         intake = Intake(settings, database, storage, hints)
-        rates = Rates(settings)
+        rates, room = Rates(settings), Room(max_bytes)
         keep_digests = settings.webhook_apiframe_signature != "off"
         try:
             async with (
                 open_watch(redis) as watch,
                 open_key_ring(database, sealer, store_digests=keep_digests) as key_ring,
             ):
-                app.state.parts = Parts(settings, database, storage, redis, intake, key_ring, watch, sealer, rates)
+                app.state.parts = Parts(
+                    *(settings, database, storage, redis, intake),
+                    *(key_ring, watch, sealer, rates, room),
+                )
                 yield
         finally:
             hints.close()
@@ -80,8 +87,6 @@ def create_app(settings: Settings) -> FastAPI:
     for module in (images, jobs, events, deliveries, webhooks, uploads, account, files, health, metrics, docs):
         app.include_router(module.router)
     errors.install(app)
-    # base64 needs four characters for three bytes; the rest of a request is small.
-    max_bytes = settings.max_input_bytes * 4 // 3 + _OVERHEAD_BYTES
     app.add_middleware(BodyLimit, max_bytes=max_bytes, long_bodies=LONG_BODIES)
     app.add_middleware(LastResort)
     if settings.cors_origins:  # outside of what answers errors: a page may read those as well

@@ -1,6 +1,7 @@
 """What routes ask for: the parts of the process, and a caller who may use them."""
 
 from collections.abc import Callable, Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from api.headers import add_to_answer, read_cancel_after, read_idempotency_key
 from api.intake import Idempotency, Intake, fingerprint
 from api.keyring import KeyRing
 from api.rates import Rates
+from api.room import Room
 from api.waiting import Watch
 from core.errors import Forbidden, InvalidApiKey, MissingApiKey, ValidationError
 from core.sealing import Sealer
@@ -41,6 +43,7 @@ class Parts:
     watch: Watch
     sealer: Sealer
     rates: Rates
+    room: Room
 
 
 async def _parts(request: Request) -> Parts:  # async, or FastAPI would hand each call to a thread
@@ -77,7 +80,21 @@ list or an object of millions is parsed into gigabytes, and each of its items co
 
 
 class _Request(Request):
-    """A request whose JSON is looked at before it is parsed."""
+    """A request whose body takes room while it is gathered, and whose JSON is looked at before it is parsed."""
+
+    def __init__(self, request: Request, take: Callable[[int], None]) -> None:
+        super().__init__(request.scope, request.receive)
+        self._take = take
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            chunks: list[bytes] = []
+            async with aclosing(self.stream()) as stream:
+                async for chunk in stream:
+                    self._take(len(chunk))
+                    chunks.append(chunk)
+            self._body = b"".join(chunks)
+        return self._body
 
     async def json(self) -> Any:
         body = await self.body()
@@ -100,7 +117,9 @@ class KeyedRoute(APIRoute):
 
         async def admit_and_handle(request: Request) -> Response:
             request.state.caller = await _admit(request, need.scope)
-            return await handle(_Request(request.scope, request.receive))
+            parts: Parts = request.app.state.parts
+            with parts.room.lend(request.state.caller.id) as take:
+                return await handle(_Request(request, take))
 
         return admit_and_handle
 

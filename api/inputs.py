@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import anyio.to_thread
 
 from core import storage as keys
-from core.addresses import check_url
+from core.addresses import MAX_URL_CHARACTERS, check_url
 from core.errors import (
     IdempotencyKeyReused,
     NotFound,
@@ -34,12 +34,11 @@ UPLOAD_SCHEME = "upload://"
 PUT_TTL = timedelta(minutes=15)
 """How long a presigned URL takes its image."""
 
-MAX_URL_CHARS = 8192
-
 _WAYS = "must be an http(s) URL, upload://<id> or the id of an upload, a data URI, or base64"
 _NOT_AN_IMAGE = "is not a PNG, JPEG or WebP image"
 _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _SCHEME_CHARS = 32
+_PIECE_BYTES = 1024 * 1024
 _DATA_URI = re.compile(r"data:[^,]{0,128};base64,", re.IGNORECASE)
 
 
@@ -159,8 +158,8 @@ class Inputs:
         if "://" not in image[:_SCHEME_CHARS]:
             data = await self._decode(image, field, _WAYS)
             return await self._keep(caller_id, data, field, f"base64… ({len(image)} characters)")
-        if len(image) > MAX_URL_CHARS:
-            raise ValidationError({field: [f"is a URL of more than {MAX_URL_CHARS} characters"]})
+        if len(image) > MAX_URL_CHARACTERS:
+            raise ValidationError({field: [f"is a URL of more than {MAX_URL_CHARACTERS} characters"]})
         if (key := await self._storage.key_of(image)) is not None:
             return LocatedImage(None, key, image)
         try:
@@ -179,7 +178,7 @@ class Inputs:
             raise ValidationError({field: [complaint]}) from None
 
     async def _keep(self, caller_id: UUID, data: bytes, field: str, shown: str) -> LocatedImage:
-        stored = await self.receive(caller_id, _at_once(data), field)
+        stored = await self.receive(caller_id, _in_pieces(data), field)
         return LocatedImage(None, stored.key, shown)
 
     async def _find(self, caller_id: UUID, image: str, field: str) -> str:
@@ -263,8 +262,10 @@ def _too_large(field: str, max_bytes: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"{field} is larger than {max_bytes} bytes.")
 
 
-async def _at_once(data: bytes) -> AsyncGenerator[bytes]:
-    yield data
+async def _in_pieces(data: bytes) -> AsyncGenerator[bytes]:
+    """Yield all of it, piece by piece: whoever gathers them holds no second copy."""
+    for start in range(0, len(data), _PIECE_BYTES):
+        yield data[start : start + _PIECE_BYTES]
 
 
 def _decode(text: str) -> bytes:

@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import anyio
@@ -139,7 +139,14 @@ class BodyLimit:
             response = await errors.answer(Request(scope), _too_large(limit))
             await response(scope, receive, send)
             return
-        await self._app(scope, _limited(receive, limit), send)
+        begun = False
+
+        async def send_watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        await self._app(scope, _limited(receive, limit, lambda: begun), send_watched)
 
 
 def _leads_to(path: str, given: str) -> bool:
@@ -155,8 +162,11 @@ def _too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"The request is larger than {limit} bytes.")
 
 
-def _limited(receive: Receive, limit: int) -> Receive:
-    """Return a `receive` that raises once its body is longer than `limit`, or comes too slowly."""
+def _limited(receive: Receive, limit: int, answering: Callable[[], bool]) -> Receive:
+    """Return a `receive` that raises once its body is longer than `limit`, or comes too slowly.
+
+    While it is being answered nothing of that matters: what still comes is thrown away by whoever asks for it.
+    """
     seen_bytes, waited_seconds, whole = 0, 0.0, False
 
     async def receive_limited() -> Message:
@@ -169,10 +179,14 @@ def _limited(receive: Receive, limit: int) -> Receive:
             waited_seconds += anyio.current_time() - began
             seen_bytes += len(message.get("body", b""))
             whole = not message.get("more_body", False)
+            if answering():
+                return message
             if seen_bytes > limit:
                 raise _too_large(limit)
             if whole or waited_seconds < GRACE_SECONDS or seen_bytes >= waited_seconds * MIN_BYTES_PER_SECOND:
                 return message
+        if answering():
+            return await receive()
         raise RequestTooSlow("The request came in too slowly.")
 
     return receive_limited

@@ -19,6 +19,8 @@ from db.keys import DEFAULT_SCOPES, NO_LIMITS, KeyListing, Limits
 from db.models import Scope
 from db.session import Database
 
+MAX_NAME_CHARACTERS = 100
+
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -36,6 +38,17 @@ def read_lifetime(given: str | None) -> timedelta | None:
     return timedelta(**{_UNITS[parts[2]]: int(parts[1])})
 
 
+def check_name(name: str) -> str:
+    """Return the name of a key.
+
+    Raises:
+        click.BadParameter: it would spoil the list of keys.
+    """
+    if not (name.isprintable() and 1 <= len(name) <= MAX_NAME_CHARACTERS):
+        raise click.BadParameter(f"must be 1 to {MAX_NAME_CHARACTERS} printable characters", param_hint="NAME")
+    return name
+
+
 async def create_key(
     settings: Settings,
     name: str,
@@ -44,13 +57,13 @@ async def create_key(
     lifetime: timedelta | None = None,
 ) -> str:
     """Make an API key in the settings' database and return it."""
-    async with _connected(settings) as connection:
+    async with connected(settings) as connection:
         return await keys.create(connection, name, limits, scopes, lifetime)
 
 
 async def is_working_key(settings: Settings, key: str) -> bool:
     """Tell whether the settings' database knows the key: the environment may name another one than last time."""
-    async with _connected(settings) as connection:
+    async with connected(settings) as connection:
         record = await keys.find(connection, key) if keys.is_well_formed(key) else None
         return record is not None and record.active
 
@@ -61,7 +74,7 @@ async def limit_key(settings: Settings, which: str, limits: Limits) -> KeyListin
     Raises:
         click.BadParameter: `which` is neither the id nor the prefix of one key.
     """
-    async with _connected(settings) as connection:
+    async with connected(settings) as connection:
         chosen = await _choose(connection, which)
         await keys.set_limits(connection, chosen.id, limits)
         return chosen
@@ -73,7 +86,7 @@ async def revoke_key(settings: Settings, which: str) -> KeyListing:
     Raises:
         click.BadParameter: as `limit_key`.
     """
-    async with _connected(settings) as connection:
+    async with connected(settings) as connection:
         chosen = await _choose(connection, which)
         await keys.revoke(connection, chosen.id)
         return chosen
@@ -100,12 +113,12 @@ def show_keys(settings: Settings, as_json: bool) -> None:
 
 
 async def _browse(settings: Settings) -> Sequence[KeyListing]:
-    async with _connected(settings) as connection:
+    async with connected(settings) as connection:
         return await keys.browse(connection)
 
 
 async def _choose(connection: AsyncConnection, which: str) -> KeyListing:
-    found = await keys.browse(connection, which)
+    found = await keys.browse(connection, which) if which.isascii() else []
     if not found:
         raise click.BadParameter("there is no API key of this prefix or id", param_hint="PREFIX|ID")
     if len(found) > 1:
@@ -115,7 +128,8 @@ async def _choose(connection: AsyncConnection, which: str) -> KeyListing:
 
 
 @asynccontextmanager
-async def _connected(settings: Settings) -> AsyncGenerator[AsyncConnection]:
+async def connected(settings: Settings) -> AsyncGenerator[AsyncConnection]:
+    """Lend a connection to the settings' database; raises DeploymentError where it cannot be reached."""
     database = Database(settings)
     try:
         async with database.connection() as connection:

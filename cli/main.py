@@ -1,6 +1,7 @@
 """The `upscaled` command. Each subcommand imports what it needs when it runs: the API image has no numpy."""
 
 import asyncio
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -93,8 +94,16 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
     }
     for name, (kind, help) in reversed(options.items()):
         default = 1.0 if name == "--weight" else None
-        command = click.option(name, type=kind, default=default, show_default=default is not None, help=help)(command)
+        shown = default is not None
+        option = click.option(name, type=kind, default=default, show_default=shown, help=help, callback=_refuse_nan)
+        command = option(command)
     return command
+
+
+def _refuse_nan(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):  # it is in every range, as click compares
+        raise click.BadParameter("must be a number")
+    return value
 
 
 @keys.command()
@@ -116,13 +125,14 @@ def create(name: str, scopes: Sequence[str], expires: str | None, folder: Path, 
 
     Works on the database of UPSCALED_DATABASE_URL, or else on that of a running `upscaled serve`; so do all of these.
     """
-    from cli.keys import create_key, read_lifetime
+    from cli.keys import check_name, create_key, read_lifetime
     from cli.stack import read_environment
     from db.keys import Limits
     from db.models import Scope
 
-    settings, lifetime = load_settings(**read_environment(folder)), read_lifetime(expires)
-    click.echo(asyncio.run(create_key(settings, name, Limits(**limits), [Scope(scope) for scope in scopes], lifetime)))
+    name, lifetime, limited = check_name(name), read_lifetime(expires), Limits(**limits)
+    settings = load_settings(**read_environment(folder))
+    click.echo(asyncio.run(create_key(settings, name, limited, [Scope(scope) for scope in scopes], lifetime)))
 
 
 @keys.command("list")

@@ -4,12 +4,12 @@ import asyncio
 
 import click
 
+from cli.keys import connected
 from core.errors import DeploymentError
 from core.sealing import Sealer, new_key
 from core.settings import Settings
 from db import sealed
 from db.sealed import Resealed
-from db.session import Database
 
 
 def show_new_key() -> None:
@@ -20,7 +20,8 @@ def rotate(settings: Settings) -> None:
     """Put every secret under the first encryption key and say how many there were.
 
     Raises:
-        DeploymentError: some were sealed with a key that the settings do not name; they are left as they are.
+        DeploymentError: the database cannot be reached; or some were sealed with a key that the settings do not name:
+            they are left as they are.
     """
     resealed = asyncio.run(_reseal(settings))
     click.echo(f"Sealed {resealed.sealed} anew; {resealed.current} were under the first key already.")
@@ -32,9 +33,5 @@ def rotate(settings: Settings) -> None:
 
 
 async def _reseal(settings: Settings) -> Resealed:
-    database = Database(settings)
-    try:
-        async with database.connection() as connection:
-            return await sealed.reseal(connection, Sealer(settings))
-    finally:
-        await database.close()
+    async with connected(settings) as connection:
+        return await sealed.reseal(connection, Sealer(settings))

@@ -28,11 +28,6 @@ class Today:
     """To midnight, rounded up: then it is another day."""
 
 
-async def spent(connection: AsyncConnection, api_key_id: UUID) -> int:
-    """Return how many pixels were made for a key today."""
-    return (await read_today(connection, api_key_id)).pixels
-
-
 async def read_today(connection: AsyncConnection, api_key_id: UUID) -> Today:
     """Return what was made for a key today, and how long that is."""
     left = extract("epoch", func.date_trunc("day", _NOW) + timedelta(days=1) - _NOW)

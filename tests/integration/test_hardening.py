@@ -4,15 +4,19 @@ import base64
 import hashlib
 import re
 from typing import Any
+from uuid import UUID
 
+import anyio
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from api import middleware
 from api.app import create_app
 from api.headers import add_to_answer
-from core.errors import DeploymentError, StorageUnavailable
+from api.room import MIN_BYTES, Room
+from core.errors import DeploymentError, StorageUnavailable, TransientError
 from core.settings import Settings
 from core.storage import LocalStorage
 from tests.documented import DocumentedClient
@@ -27,6 +31,12 @@ INTERNAL = re.compile(
 def _says_nothing_internal(response: Any, status: int, code: str) -> bool:
     assert (response.status_code, response.json()["code"]) == (status, code)
     return INTERNAL.search(response.text) is None
+
+
+def _room(client: TestClient) -> Room:
+    app = client.app
+    assert isinstance(app, FastAPI)
+    return app.state.parts.room
 
 
 # Headers
@@ -153,6 +163,37 @@ async def test_nothing_is_read_of_a_body_that_claims_too_much(claimed: str) -> N
     assert sent[0]["status"] == 413
 
 
+@pytest.mark.parametrize("later", [b"", b"too much"])
+@pytest.mark.anyio
+async def test_an_answer_is_not_broken_off_because_of_a_body_that_nobody_reads(
+    later: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "PAUSE_SECONDS", 0.05)
+    coming: list[Message] = [{"type": "http.request", "body": later, "more_body": True}] if later else []
+
+    async def receive() -> Message:
+        if coming:
+            return coming.pop()
+        await anyio.sleep(0.1)
+        return {"type": "http.disconnect"}
+
+    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await send({"type": "http.response.body"})
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    monkeypatch.setattr(middleware, "SHORT_BODY_BYTES", 4)
+    await middleware.BodyLimit(stream, 1000, [])(scope, receive, send)
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+
+
 def test_images_in_bodies_have_room(client: TestClient) -> None:
     data = png(2, 2) + bytes(middleware.SHORT_BODY_BYTES)
     assert client.post("/v2/uploads", files={"file": data}).status_code == 201
@@ -177,6 +218,34 @@ def test_a_body_of_very_many_values_is_not_parsed(
     as_json = {"Content-Type": "application/json"}
     response = client.post("/v2/images/upscale", content=b"{" + values + b"}", headers=as_json)
     assert (response.status_code, response.json()["details"]) == (400, {"body": ["holds too many values"]})
+
+
+def test_the_bodies_of_one_key_leave_room_for_those_of_others() -> None:
+    room, one, other = Room(1), UUID(int=1), UUID(int=2)
+    half = MIN_BYTES // 2
+    with room.lend(one) as take, room.lend(one) as take_too, room.lend(other) as take_as_well:
+        take(half)
+        with pytest.raises(TransientError):
+            take_too(1)
+        take_as_well(half)
+        assert room.held_bytes == 2 * half
+    assert room.held_bytes == 0
+
+
+def test_a_body_that_there_is_no_room_for_is_turned_away_and_leaves_no_trace(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = "data:image/png;base64," + base64.b64encode(png(2, 2) + bytes(10_000)).decode()
+    room = _room(client)
+    monkeypatch.setattr(room, "_max_bytes", 10_000)
+    refused = client.post("/v2/images/upscale", json=body_of(image))
+    assert (refused.status_code, refused.json()["code"]) == (503, "unavailable")
+    assert "Retry-After" in refused.headers
+    assert room.held_bytes == 0
+    assert client.post("/v2/uploads", files={"file": png(2, 2) + bytes(10_000)}).status_code == 201  # not gathered
+    monkeypatch.setattr(room, "_max_bytes", 40_000)
+    for _ in range(4):  # each gives back what it took
+        assert client.post("/v2/images/upscale", json=body_of(image)).status_code == 202
 
 
 def test_a_request_is_not_repeated_at_length(client: TestClient) -> None:

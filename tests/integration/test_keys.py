@@ -312,12 +312,20 @@ def test_a_key_is_made_for_jobs_and_for_ever_unless_something_else_is_said(run: 
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--scope", "root"], ["--expires", "soon"], ["--max-queued", "0"], ["--weight", "0"]]
+    "wrong",
+    [["--scope", "root"], ["--expires", "soon"], ["--max-queued", "0"], ["--weight", "0"], ["--weight", "nan"]],
 )
 def test_a_key_that_makes_no_sense_is_not_made(run: Run, sql: Sql, wrong: list[str]) -> None:
     refused = run("create", "nonsense", *wrong)
     assert refused.exit_code == 2
     assert wrong[0] in refused.stderr
+    assert sql("SELECT * FROM api_keys") == []
+
+
+@pytest.mark.parametrize("name", ["", "two\nlines", "\x1b[31mred", "\udcff", "n" * 101])
+def test_a_name_that_would_spoil_the_list_is_refused(run: Run, sql: Sql, name: str) -> None:
+    refused = run("create", name)
+    assert (refused.exit_code, "NAME" in refused.stderr) == (2, True)
     assert sql("SELECT * FROM api_keys") == []
 
 
@@ -375,6 +383,7 @@ def test_a_prefix_of_no_key_or_of_several_changes_nothing(run: Run, sql: Sql, co
     unknown = run(command, "upk_xxxxxxxx")
     assert (unknown.exit_code, "no API key" in unknown.stderr) == (2, True)
     assert run(command, key[:11]).exit_code == run(command, key).exit_code == run(command, "").exit_code == 2
+    assert run(command, "\udcff").exit_code == 2
     run("create", "two")
     sql("UPDATE api_keys SET prefix = $1, weight = 5", key[:12])
     ambiguous = run(command, key[:12])

@@ -91,7 +91,7 @@ def test_every_job_comes_to_one_truthful_end_whatever_goes_wrong(explorer: Explo
     ("mutant", "number", "finding"),
     [
         (protocol.NoFence, 1, "the result is another attempt's|a worker that beats lost its attempt"),
-        (protocol.NoResend, 2, "lost: "),
+        (protocol.NoResend, 7, "lost: "),
         (protocol.NoStrikes, 1, "a job lives on after its last strike"),
         (protocol.DeliveryApart, 3, "deliveries are wrong"),
         (protocol.NoLimits, 1, "a claim got what must not run"),
@@ -99,7 +99,7 @@ def test_every_job_comes_to_one_truthful_end_whatever_goes_wrong(explorer: Explo
         (protocol.NoBeats, 1, "a worker that beats lost its attempt"),
         (protocol.NoIdempotency, 2, "another request was taken for a repetition|a repetition made another job"),
         (protocol.AttemptTakenBack, 3, "an attempt's number fell"),
-        (protocol.LateCancel, 3, "a job that is over could be cancelled"),
+        (protocol.LateCancel, 5, "a job that is over could be cancelled"),
         (protocol.NoStrayObjects, 1, "objects stay for ever"),
     ],
 )

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from api.app import create_app
 from cli.main import cli
 from cli.migrations import config, upgrade
+from core.errors import DeploymentError
 from core.sealing import Sealer, new_key
 from core.settings import PREFIX, Settings, load_settings
 from db import sealed
@@ -52,14 +53,17 @@ def _stored(sql: Sql) -> list[bytes]:
     return [row["secret"] for row in sql(secrets_and_digests)]
 
 
-def _rotate(settings: Settings, *encryption_keys: str) -> tuple[int, str]:
-    environment = {
+def _environment(settings: Settings, *encryption_keys: str) -> dict[str, str]:
+    return {
         f"{PREFIX}DATABASE_URL": settings.database_url,
         f"{PREFIX}REDIS_URL": settings.redis_url,
         f"{PREFIX}SECRET_KEY": settings.secret_key.get_secret_value(),
         f"{PREFIX}ENCRYPTION_KEYS": ",".join(encryption_keys),
     }
-    ran = CliRunner(env=environment).invoke(cli, ["secrets", "rotate"])
+
+
+def _rotate(settings: Settings, *encryption_keys: str) -> tuple[int, str]:
+    ran = CliRunner(env=_environment(settings, *encryption_keys)).invoke(cli, ["secrets", "rotate"])
     return ran.exit_code, f"{ran.output}{ran.exception or ''}"
 
 
@@ -106,6 +110,12 @@ def test_what_no_key_opens_is_left_and_reported(settings: Settings, key: str, sq
     assert "1 could not be opened: name the key that sealed them in UPSCALED_ENCRYPTION_KEYS" in said
     assert _stored(sql)[0] == lost
     assert Sealer(_with_keys(settings, first)).open(_stored(sql)[1]) == DIGEST
+
+
+def test_a_database_that_is_away_is_a_wrong_deployment_and_no_bug(settings: Settings) -> None:
+    away = settings.model_copy(update={"database_url": "postgresql://nobody:hidden@127.0.0.1:9/nothing"})
+    ran = CliRunner(env=_environment(away)).invoke(cli, ["secrets", "rotate"])
+    assert isinstance(ran.exception, DeploymentError)
 
 
 @pytest.mark.anyio

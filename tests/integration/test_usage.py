@@ -49,8 +49,8 @@ async def test_each_result_is_counted_once_for_its_key_and_day(queue: Queue, sql
         attempt = await _attempt(queue, key, id=UUID(int=(number // 2) % 2 + 16 * number))  # two share a row
         for _ in range(2):  # a worker whose answer was lost says it again
             await queue.do(jobs.complete, attempt, result, "k", HOUR, failure)
-    assert await queue.do(usage.spent, owner) == 4 + 70_000 * 60_000 + 4
-    assert await queue.do(usage.spent, other) == 4
+    assert (await queue.do(usage.read_today, owner)).pixels == 4 + 70_000 * 60_000 + 4
+    assert (await queue.do(usage.read_today, other)).pixels == 4
     counted = await sql_async(f"SELECT api_key_id, sum(jobs) FROM usage WHERE day = {TODAY} GROUP BY 1")  # noqa: S608
     assert {row[0]: row[1] for row in counted} == {owner: 3, other: 1}
 
@@ -82,10 +82,10 @@ async def test_a_day_lasts_until_midnight_of_utc_whatever_the_servers_own_clock_
         now = datetime.now(UTC)
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
         assert abs(today.seconds_left - (midnight - now).total_seconds()) < 5
-    assert await queue.do(usage.spent, owner) == 8
+    assert (await queue.do(usage.read_today, owner)).pixels == 8
     assert await sql_async(f"SELECT DISTINCT day = {TODAY} FROM usage") == [(True,)]  # noqa: S608
     await sql_async("UPDATE usage SET day = day - 1")
-    assert await queue.do(usage.spent, owner) == 0
+    assert (await queue.do(usage.read_today, owner)).pixels == 0
 
 
 def _submit(client: TestClient, image: str = "https://example.com/a.png", **headers: str) -> Any:

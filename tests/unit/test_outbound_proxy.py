@@ -156,7 +156,11 @@ async def _tunnel(status: int, served: ssl.SSLContext | None = None) -> AsyncGen
         length = "" if status == 200 else "Content-Length: 0\r\n"  # to a CONNECT that succeeds there is no body
         writer.write(f"HTTP/1.1 {status} A\r\n{length}\r\n".encode())
         if served is not None:
-            await writer.start_tls(served)
+            try:
+                await writer.start_tls(served)
+            except (ssl.SSLError, ConnectionError):  # the client does not believe it
+                writer.close()
+                return
             tunnel.heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nimage")
         await writer.drain()
