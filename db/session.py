@@ -45,7 +45,17 @@ class Database:
             DatabaseUnavailable: Postgres cannot be reached, or went away.
         """
         async with _translated(), self._engine.connect() as connection:
-            yield connection
+            try:
+                yield connection
+            except DBAPIError as error:
+                if _is_stuck(error):
+                    await connection.invalidate()  # or whoever gets it next would fare no better
+                raise
+
+
+def _is_stuck(error: DBAPIError) -> bool:
+    """Tell whether asyncpg still waits on this connection for an answer that was lost, and nobody else does."""
+    return "another operation" in str(error.orig)
 
 
 @asynccontextmanager
@@ -61,6 +71,10 @@ async def _translated() -> AsyncGenerator[None]:
             raise DatabaseUnavailable(MESSAGE) from error
         raise
     except DBAPIError as error:
-        if error.connection_invalidated or str(getattr(error.orig, "sqlstate", "")).startswith(_PASSING):
+        if (
+            error.connection_invalidated
+            or _is_stuck(error)
+            or str(getattr(error.orig, "sqlstate", "")).startswith(_PASSING)
+        ):
             raise DatabaseUnavailable(MESSAGE) from error
         raise

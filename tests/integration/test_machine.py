@@ -91,7 +91,7 @@ def test_every_job_comes_to_one_truthful_end_whatever_goes_wrong(explorer: Explo
     ("mutant", "number", "finding"),
     [
         (protocol.NoFence, 1, "the result is another attempt's|a worker that beats lost its attempt"),
-        (protocol.NoResend, 7, "lost: "),
+        (protocol.NoResend, 2, "lost: "),
         (protocol.NoStrikes, 1, "a job lives on after its last strike"),
         (protocol.DeliveryApart, 3, "deliveries are wrong"),
         (protocol.NoLimits, 1, "a claim got what must not run"),
