@@ -163,9 +163,9 @@ def open_pretender() -> Generator[Pretender]:
             self.send_response(reply.status)
             for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
                 self.send_header(name, value)
+            self.send_header("Connection", "close")  # which ends it here, too; unsaid, the next request would meet that
             self.end_headers()
             self.wfile.write(reply.body)
-            self.close_connection = True
 
         do_GET = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815 - the base class's own names
 

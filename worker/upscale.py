@@ -39,9 +39,9 @@ from core.outbound import Outbound
 from core.queue import Hints
 from core.settings import Settings
 from core.storage import Storage, is_upload, open_storage
-from db import queue
 from db.jobs import Attempt, Result
 from db.session import Database
+from worker.claims import Claims
 from worker.endings import Endings
 from worker.lease import Held, Lease
 from worker.puts import Putter, Sideline
@@ -52,9 +52,6 @@ from worker.upscaler.engine import Engine
 from worker.upscaler.memory import machine_bytes
 from worker.upscaler.picture import Levels, Picture
 from worker.upscaler.plan import check_memory, check_output
-
-EMPTY_CLAIM_PAUSE_SECONDS = 0.005
-"""A claim comes back empty when every queued row is locked by others: it is asked once more after this pause."""
 
 AHEAD_SECONDS = 0.5
 """How long before the engine is free, by its own progress, the next job is claimed and read."""
@@ -73,11 +70,11 @@ logger = logging.getLogger(__name__)
 class _Parts:
     """What lives in the worker's event loop."""
 
-    database: Database
     storage: Storage
     outbound: Outbound
     redis: Redis
     lease: Lease
+    claims: Claims
     endings: Endings
 
 
@@ -161,7 +158,7 @@ async def _open_parts(settings: Settings, engine: str) -> AsyncGenerator[_Parts]
         async with guarded as outbound, lease.open(), anyio.create_task_group() as tasks:
             storage, putter = open_storage(settings), Putter(settings, outbound)
             endings = Endings(settings, database, storage, redis, hints, lease, putter, tasks)
-            yield _Parts(database, storage, outbound, redis, lease, endings)
+            yield _Parts(storage, outbound, redis, lease, Claims(database, lease, endings), endings)
     finally:
         hints.close()
         await redis.aclose()
@@ -225,7 +222,10 @@ class Worker:
 
     def _prepare(self, *, beside_others: bool = False) -> _Ready | None:
         """Claim jobs until one can be read; None when there is none, or the worker is to end."""
-        while not self._lease.draining and (held := self._portal.call(self._claim, beside_others)) is not None:
+        while (
+            not self._lease.draining
+            and (held := self._portal.call(self._parts.claims.claim, beside_others)) is not None
+        ):
             self._claimed += 1
             failpoints.reach("after_claim")
             if (ready := self._stage(held, self._read_picture, held)) is not None:
@@ -354,31 +354,6 @@ class Worker:
             *(attempt.job_id, attempt.number, failure or "completed", result.width, result.height, result.engine),
             time.monotonic() - stored.claimed_at,
         )
-
-    async def _claim(self, beside_others: bool) -> Held | None:
-        for pause in (0.0, EMPTY_CLAIM_PAUSE_SECONDS):
-            await anyio.sleep(pause)
-            if (held := await self._claim_once(beside_others=beside_others)) is not None:
-                self._parts.endings.announce_soon(held.attempt.job_id)
-                return held
-        return None
-
-    async def _claim_once(self, *, beside_others: bool) -> Held | None:
-        while True:
-            try:
-                async with self._lease.registered() as worker_id:
-                    async with self._parts.database.connection() as connection:
-                        if self._lease.draining:  # or it would take again what it has just handed back
-                            return None
-                        name = self._lease.name
-                        attempt = await queue.claim(connection, worker_id, name, beside_others=beside_others)
-                    return None if attempt is None else self._lease.hold(attempt)
-            except LeaseLost as error:
-                logger.warning("%s Registering again.", error)
-                self._lease.forsake()
-            except BaseException:
-                self._lease.forsake()  # a job may be ours by now, and we shall never know
-                raise
 
     async def _read(self, attempt: Attempt) -> bytes:
         if attempt.image_url is not None:
