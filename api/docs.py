@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse
 
 from api.errors import documented
 
-router = APIRouter(tags=["health"])
+router = APIRouter()
 
 _PACKAGE = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0"
 _SCRIPT_DIGEST = "sha384-gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9"

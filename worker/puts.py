@@ -124,6 +124,9 @@ class Sideline:
     def _run(self, held: Held, end: Callable[[], object]) -> None:
         try:
             end()
+        except Exception:
+            # Nobody asks the pool how this ended.
+            logger.exception("job %s attempt %d: bug beside the line", held.attempt.job_id, held.attempt.number)
         finally:
             self.held.discard(held)
             self._room.release()

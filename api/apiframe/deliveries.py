@@ -2,7 +2,7 @@
 
 from uuid import UUID
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from api.apiframe.schemas import Timestamp
@@ -44,9 +44,8 @@ class DeliveryList(BaseModel):
 
 
 @router.get("", responses=documented(400, 401, 403, 404, 429), summary="Read how a job's webhook fared")
-async def read(job_id: UUID, caller: ReaderDep, parts: PartsDep, response: Response) -> DeliveryList:
+async def read(job_id: UUID, caller: ReaderDep, parts: PartsDep) -> DeliveryList:
     """List what was, or is to be, delivered to the job's webhook. Progress is not in it: nobody keeps that."""
-    response.headers["Cache-Control"] = "no-store"
     async with parts.database.connection() as connection:
         found = await delivery_log.read(connection, job_id, caller.id)
     if found is None:

@@ -39,7 +39,7 @@ QUEUED_AGAIN = 990
 OVER = 999
 
 _UNBUFFERED = {"description": "Always `no`: proxies shall not hold events back.", "schema": {"type": "string"}}
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_HEADERS = {"X-Accel-Buffering": "no"}
 _EVENT = {
     "type": "object",
     "properties": {

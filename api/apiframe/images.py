@@ -86,7 +86,7 @@ async def _answer(parts: Parts, request: Request, caller_id: UUID, submitted: Su
         record = await views.find(parts, caller_id, submitted.id)
         return record, record.over
 
-    status, headers = submitted.status, {"Location": f"/v2/jobs/{submitted.id}", "Cache-Control": "no-store"}
+    status, headers = submitted.status, {"Location": f"/v2/jobs/{submitted.id}"}
     if submitted.replayed:
         headers[REPLAYED] = "true"
     if wait is not None:

@@ -52,8 +52,8 @@ def tag(job: schemas.JobObject) -> str:
 
 
 def polling_headers(record: JobRecord) -> dict[str, str]:
-    """Return what every answer that tells of a job carries: no cache keeps it, and while it goes on, when to ask."""
-    return {"Cache-Control": "no-store"} | ({} if record.over else {"Retry-After": str(POLL_SECONDS)})
+    """Return what every answer that tells of a job carries: while it goes on, when to ask again."""
+    return {} if record.over else {"Retry-After": str(POLL_SECONDS)}
 
 
 async def _fields(parts: Parts, record: JobRecord) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from api.apiframe.schemas import Timestamp
@@ -26,18 +26,16 @@ class RotatedSecret(WebhookSecret):
 
 
 @router.get("/secret", responses=documented(401, 403, 429), summary="Read the webhook secret")
-async def read(caller: WriterDep, parts: PartsDep, response: Response) -> WebhookSecret:
+async def read(caller: WriterDep, parts: PartsDep) -> WebhookSecret:
     """Return what your webhooks are signed with. The first call makes it."""
-    response.headers["Cache-Control"] = "no-store"
     async with parts.database.connection() as connection:
         current = await webhook_secrets.current(connection, parts.sealer, caller.id)
     return WebhookSecret(secret=show_secret(current.secret), createdAt=current.created_at)
 
 
 @router.post("/secret/rotate", responses=documented(401, 403, 429), summary="Replace the webhook secret")
-async def rotate(caller: WriterDep, parts: PartsDep, response: Response) -> RotatedSecret:
+async def rotate(caller: WriterDep, parts: PartsDep) -> RotatedSecret:
     """Replace the secret. Until previousExpiresAt webhooks carry a signature for each of the two."""
-    response.headers["Cache-Control"] = "no-store"
     overlap = timedelta(seconds=parts.settings.webhook_secret_overlap_seconds)
     async with parts.database.connection() as connection:
         rotation = await webhook_secrets.rotate(connection, parts.sealer, caller.id, overlap)

@@ -15,7 +15,7 @@ import anyio.to_thread
 
 from core import failpoints, signing
 from core.errors import InputTooLarge, NotFound, StorageUnavailable, UploadExists
-from core.storage.objects import SNIFFED_BYTES, ObjectHead, SignedPut, check_key, gather
+from core.storage.objects import SNIFFED_BYTES, ObjectHead, SignedPut, check_key, gather, is_upload
 
 FILES_PATH = "/v2/files"
 """Where the API serves the objects of a local folder, and takes uploads."""
@@ -93,7 +93,7 @@ class LocalStorage:
 
     def allows_put(self, key: str, content_type: str, size: str, expires: str, signature: str) -> bool:
         """Tell whether this signature lets an upload of that type and size be put under `key` now."""
-        if not (key.startswith("uploads/") and _is_number(size) and _is_number(expires)):
+        if not (is_upload(key) and _is_number(size) and _is_number(expires)):
             return False
         signed = signing.verify_put(self._secret, key, content_type, int(size), int(expires), signature)
         return signed and time.time() < int(expires)

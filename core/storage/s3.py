@@ -30,6 +30,7 @@ from core.storage.objects import (
     SignedPut,
     check_key,
     gather,
+    is_upload,
 )
 from core.storage.presigning import Presigner
 from core.storage.s3_client import THREADS, connect, told, translated
@@ -190,7 +191,7 @@ class S3Storage:
         return {
             "ContentType": CONTENT_TYPES[PurePosixPath(key).suffix],
             # We made the results; what callers sent us is no page to be looked at under the bucket's name.
-            "ContentDisposition": "inline" if key.startswith("results/") else "attachment",
+            "ContentDisposition": "attachment" if is_upload(key) else "inline",
             "CacheControl": CACHE_CONTROL,
             **self._encryption,
         }

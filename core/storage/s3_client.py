@@ -101,6 +101,10 @@ def translated() -> Generator[None]:
             raise StorageUnavailable(_AWAY) from error
         logger.error("the bucket cannot be used: %s", error)  # noqa: TRY400 - no bug of ours
         raise StorageRefused(_REFUSED) from error
+    except RuntimeError as error:
+        if "still expired" not in str(error):  # botocore says so of credentials of a role, in no class of its own
+            raise
+        raise StorageUnavailable(_AWAY) from error
 
 
 def told(error: ClientError) -> tuple[int, str]:

@@ -10,12 +10,13 @@ from uuid import uuid4
 
 import anyio
 import pytest
+from botocore.credentials import RefreshableCredentials
 
 from core.errors import DeploymentError, NotFound, StorageRefused, StorageUnavailable, UpscaledError
 from core.settings import load_settings
 from core.storage import open_storage
 from core.storage.s3 import S3Storage
-from core.storage.s3_client import THREADS
+from core.storage.s3_client import THREADS, translated
 from tests.buckets import Pretender, open_pretender, refusal
 from tests.web import Reply, Seen
 
@@ -269,3 +270,15 @@ def test_a_bucket_without_credentials_is_refused_at_the_start(monkeypatch: pytes
         monkeypatch.setenv(name, value)
     with pytest.raises(DeploymentError, match="no credentials"):
         open_storage(_settings(s3_bucket="pictures"))
+
+
+def test_credentials_of_a_role_that_come_too_old_are_waited_for() -> None:
+    spent = {"access_key": "a", "secret_key": "b", "token": "c", "expiry_time": "2020-01-01T00:00:00Z"}
+    credentials = RefreshableCredentials.create_from_metadata(spent, refresh_using=lambda: spent, method="role")
+    with pytest.raises(StorageUnavailable), translated():
+        credentials.get_frozen_credentials()
+
+
+def test_a_bug_is_not_taken_for_a_bucket_that_is_away() -> None:
+    with pytest.raises(RuntimeError), translated():
+        raise RuntimeError("no bucket's fault")
