@@ -76,7 +76,7 @@ class Receivers:
     def begin(self, name: str) -> None:
         """Count a post that begins; there was room for it."""
         self._in_flight += 1
-        self._known.setdefault(name, _Receiver(name)).begin()
+        self._known.setdefault(name, _Receiver(name)).begin(self._clock())
 
     def end(self, name: str, alive: bool | None) -> None:
         """Count a post that ended, and whether the receiver showed that it lives; None: it was never made."""
@@ -107,9 +107,10 @@ class _Receiver:
     def forgotten(self, now: float) -> bool:
         return not self._in_flight and now > max(self._seen_at, self.open_until) + FORGET_SECONDS
 
-    def begin(self) -> None:
+    def begin(self, now: float) -> None:
+        # What was chosen while the breaker was closed, and begins a moment after it opened, is no trial.
+        self._on_trial = self._pause > 0 and now >= self.open_until and not self._in_flight
         self._in_flight += 1
-        self._on_trial = self._pause > 0  # then nothing else is in flight
 
     def end(self, alive: bool | None, now: float) -> None:
         self._in_flight -= 1

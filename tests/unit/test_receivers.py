@@ -58,6 +58,12 @@ def test_a_receiver_seems_dead_after_ten_failures_in_a_row(receivers: Receivers)
     assert receivers.held() == {NAME: 30.0}
 
 
+def test_what_was_chosen_before_and_begins_after_a_receiver_seemed_dead_is_no_trial(receivers: Receivers) -> None:
+    _post(receivers, *[False] * 10)
+    _post(receivers, False, True)
+    assert receivers.held() == {NAME: 30.0}
+
+
 def test_failures_in_a_row_count_however_far_apart_they_are(receivers: Receivers, clock: Clock) -> None:
     for _ in range(10):
         _post(receivers, False)
