@@ -88,8 +88,9 @@ def test_a_failure_of_more_than_five_minutes_ago_is_forgotten(receivers: Receive
 
 
 def test_two_failures_of_three_are_no_death(receivers: Receivers) -> None:
-    _post(receivers, *[False, False, True] * 20)
-    assert not _seems_dead(receivers)
+    for alive in [True, False, False] * 20:
+        _post(receivers, alive)
+        assert not _seems_dead(receivers)
 
 
 def test_after_the_pause_one_post_is_let_through_and_its_success_opens_the_way(
