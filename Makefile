@@ -10,7 +10,7 @@ SECONDS ?= 300
 SEED   ?=
 WORKERS ?= 2
 
-.PHONY: demo serve models test chaos check format clean help
+.PHONY: demo serve models train test chaos check format clean help
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -24,6 +24,9 @@ serve: $(VENV)/.runs ## Run the whole service on http://127.0.0.1:$(PORT) until 
 
 models: $(VENV)/.runs ## Fetch the weights of the Clarity engine, 3.7 GB, into .upscaled/models
 	$(VENV)/bin/upscaled models pull
+
+train: $(VENV)/.runs ## Train the superres engine's networks, or go on with it; hours on a CPU, checkpoints in .upscaled/
+	$(VENV)/bin/python -m training
 
 test: $(VENV)/.tests ## Run the test suite, in WORKERS processes
 	$(VENV)/bin/pytest -n $(WORKERS)
@@ -53,4 +56,5 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 
 $(VENV)/.tests: $(VENV)/.runs
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[worker,embedded,dev]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --no-deps piq
 	touch $@

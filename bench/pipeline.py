@@ -33,7 +33,7 @@ from core.options import UpscaleOptions
 from worker.upscaler.components import Components, choose_device, choose_dtype
 from worker.upscaler.engines import Config
 from worker.upscaler.engines.clarity import DENOISED, Clarity
-from worker.upscaler.picture import Picture
+from worker.upscaler.picture import Picture, join
 from worker.upscaler.plan import CELL_PIXELS, PRESETS, Size, passes, tiling
 
 TERA = 1e12
@@ -99,7 +99,7 @@ def main() -> None:
     ceiling = measure_ceiling(device, dtype)
     print(f"{name_of(device)}, {dtype}, matrix product {ceiling / TERA:.2f} TFLOP/s, torch {torch.__version__}\n")
     parts = sd15.components(device, dtype)
-    engine = Clarity(parts, None, Config(clarity_compile=asked.compile))
+    engine = Clarity(parts, (), Config(clarity_compile=asked.compile))
     engine.warm_up()
     print("| input | way | s | s/MP out | loop s | UNet samples/s | TFLOP/s in the loop | of the product | peak MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -202,7 +202,7 @@ def run_ours(engine: Clarity, options: UpscaleOptions, picture: Picture, marks: 
         if fraction <= DENOISED:
             marks.touch()
 
-    return engine.upscale(picture, options, on_progress, lambda: False)
+    return join(engine.upscale(picture, options, on_progress, lambda: False))
 
 
 def run_by_tiles(parts: Components, options: UpscaleOptions, picture: Picture, marks: Marks) -> Image.Image:

@@ -198,16 +198,23 @@ def serve(host: str, port: int, folder: Path) -> None:
 
 @cli.command()
 @click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--scale", type=click.Choice(["1", "2", "4", "8"]), default="2", show_default=True)
+@click.option(
+    "--model",
+    type=click.Choice(["clarity-upscale", "superres"]),
+    default="clarity-upscale",
+    show_default=True,
+    help="clarity-upscale is done by whatever engine the service has.",
+)
+@click.option("--scale", type=click.FloatRange(1, 8), default=2, show_default=True, callback=_refuse_nan)
 @click.option("--format", "output_format", type=click.Choice(["png", "jpg", "webp"]), default="png", show_default=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"), show_default=True)
-def upscale(image: Path, scale: str, output_format: str, out: Path) -> None:
+def upscale(image: Path, model: str, scale: float, output_format: str, out: Path) -> None:
     """Upscale one IMAGE through the whole service, started for it and stopped after it."""
     from cli.processes import exit_on_sigterm
     from cli.upscale import upscale_file
 
     exit_on_sigterm()
-    upscale_file(image, int(scale), output_format, out)
+    upscale_file(image, model, scale, output_format, out)
 
 
 @cli.group()

@@ -1,4 +1,4 @@
-"""What four vendors call the options of an upscale: one table, and the short interpreter that reads it."""
+"""What four vendors call the options of an upscale, model by model: one table, and its short interpreter."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,21 +18,31 @@ from pydantic import (
 )
 
 from core.errors import ValidationError
-from core.options import MAX_SEED, ColourFix, SafetyCheck, UpscaleOptions
+from core.options import MAX_SEED, ColourFix, EngineName, SafetyCheck, UpscaleOptions
 from core.schedulers import resolve
 
 
 class Dialect(StrEnum):
-    """Whose words a request uses."""
+    """Whose words a request uses, and of which model."""
 
     APIFRAME = "apiframe"
     """`clarityUpscaleParams` of model clarity-upscale."""
+    APIFRAME_SUPERRES = "apiframe_superres"
+    """`superresParams` of model superres, which is ours."""
     FAL = "fal"
     """fal-ai/clarity-upscaler."""
     RUNWARE = "runware"
     """A task of model runware:500@1."""
+    RUNWARE_SUPERRES = "runware_superres"
+    """A task of model runware:503@1."""
     REPLICATE = "replicate"
     """philz1337x/clarity-upscaler."""
+
+    @property
+    def engine(self) -> EngineName | None:
+        """The engine that the model stands for; None leaves it to the deployment."""
+        superres = (Dialect.APIFRAME_SUPERRES, Dialect.RUNWARE_SUPERRES)
+        return EngineName.SUPERRES if self in superres else None
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,14 @@ ScaleFactor = Annotated[
     ),
 ]
 """Apiframe's: the page writes "2", the OpenAPI document 2."""
+AnyScaleFactor = Annotated[
+    float,
+    BeforeValidator(_written),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "minimum": 1, "maximum": 8}, {"type": "string", "enum": [*"12345678"]}]}
+    ),
+]
+"""Any in the range of its row; a digit in a string is read for who is used to writing "2"."""
 
 _RUNWARE_FACTOR = Annotated[Literal[2, 3, 4], BeforeValidator(_whole)]
 _RUNWARE_FORMAT = Annotated[Literal["JPG", "PNG", "WEBP"], BeforeValidator(_upper), AfterValidator(str.lower)]
@@ -120,6 +138,23 @@ _SAFETY = Annotated[bool, AfterValidator(lambda wanted: SafetyCheck.REQUIRED if 
 _PROMPT = "masterpiece, best quality, highres"
 _NEGATIVE_PROMPT = "(worst quality, low quality, normal quality:2)"
 
+_APIFRAME_OUTPUT = (
+    Parameter("output_format", "output_format", Format, "png"),
+    Parameter("output_quality", "output_quality", int, 95, 1, 100),
+)
+_RUNWARE_OUTPUT = (
+    # Clarity's page has one value, the guide to the API 2 and 4, the page of imageUpscale 2, 3 and 4: all of them.
+    Parameter("upscaleFactor", "scale_factor", _RUNWARE_FACTOR, 2),
+    # In capitals on every page, but not in the guide's own example.
+    Parameter("outputFormat", "output_format", _RUNWARE_FORMAT, "jpg"),
+    Parameter("outputQuality", "output_quality", int, 95, 20, 99),
+)
+_RUNWARE_CHECKS = (
+    # Old and new word of the same, on no page of these models, sent by the client. Off unless asked for.
+    Parameter("checkNSFW", "safety_check", _SAFETY),
+    Parameter("safety.checkContent", "safety_check", _SAFETY),
+)
+
 TABLE: Mapping[Dialect, tuple[Parameter, ...]] = {
     # The model page's. negative_prompt and sharpen are in its OpenAPI document only, output_quality is an addition of
     # ours. The seed ends at the largest integer that every JSON parser reads exactly.
@@ -132,9 +167,12 @@ TABLE: Mapping[Dialect, tuple[Parameter, ...]] = {
         Parameter("dynamic", "guidance_scale", float, 6, 1, 50),
         Parameter("num_inference_steps", "steps", int, 18, 1, 100),
         Parameter("sharpen", "sharpen", float, 0, 0, 10),
-        Parameter("output_format", "output_format", Format, "png"),
-        Parameter("output_quality", "output_quality", int, 95, 1, 100),
+        *_APIFRAME_OUTPUT,
         Parameter("seed", "seed", int, None, 0, 2**53 - 1),
+    ),
+    Dialect.APIFRAME_SUPERRES: (
+        Parameter("scale_factor", "scale_factor", AnyScaleFactor, 2, 1, 8),
+        *_APIFRAME_OUTPUT,
     ),
     # The model page's. Its safety checker is on by default: here, where one is installed; asked for, it is demanded.
     Dialect.FAL: (
@@ -151,11 +189,7 @@ TABLE: Mapping[Dialect, tuple[Parameter, ...]] = {
     # The model page's; it ends neither steps nor CFGScale and gives them no default: those are ours. Its Python client
     # notes narrower ranges (controlNetWeight 0 to 1, CFGScale 3 to 20, steps 4 to 60): the page counts.
     Dialect.RUNWARE: (
-        # The model page has one value, the guide to the API 2 and 4, the page of imageUpscale 2, 3 and 4: all of them.
-        Parameter("upscaleFactor", "scale_factor", _RUNWARE_FACTOR, 2),
-        # In capitals on every page, but not in the guide's own example.
-        Parameter("outputFormat", "output_format", _RUNWARE_FORMAT, "jpg"),
-        Parameter("outputQuality", "output_quality", int, 95, 20, 99),
+        *_RUNWARE_OUTPUT,
         Parameter("settings.positivePrompt", "prompt", Prompt, ""),
         Parameter("settings.negativePrompt", "negative_prompt", Prompt, ""),
         Parameter("settings.strength", "strength", float, 0.8, 0, 1),
@@ -167,10 +201,10 @@ TABLE: Mapping[Dialect, tuple[Parameter, ...]] = {
         # The guide has clipSkip for another model only, the Python client colorFix for two others. We honour both.
         Parameter("settings.clipSkip", "clip_skip", int, 0, 0, 2),
         Parameter("settings.colorFix", "colour_fix", _COLOURS),
-        # Old and new word of the same, on no page of this model, sent by the client. Off unless asked for.
-        Parameter("checkNSFW", "safety_check", _SAFETY),
-        Parameter("safety.checkContent", "safety_check", _SAFETY),
+        *_RUNWARE_CHECKS,
     ),
+    # SwinIR there, whose column is in no table of settings.
+    Dialect.RUNWARE_SUPERRES: (*_RUNWARE_OUTPUT, *_RUNWARE_CHECKS),
     # The published schema's. Its default prompts also name two LoRAs and an embedding, which no deployment is sure to
     # have. It ends neither scale_factor nor seed, and takes multiples of 16 for the tiles only: we end where
     # UpscaleOptions does.
@@ -194,16 +228,35 @@ TABLE: Mapping[Dialect, tuple[Parameter, ...]] = {
 """Each dialect's parameters, with the ranges and defaults of the vendor's documents."""
 
 _OTHER_MODELS = "belongs to other models"
+_MEGAPIXELS = Refusal("targetMegapixels", None, f"{_OTHER_MODELS}; give upscaleFactor")
 _CHECKPOINT = "the checkpoint is the deployment's choice"
 
 REFUSALS: Mapping[Dialect, tuple[Refusal, ...]] = {
     Dialect.APIFRAME: (),
+    Dialect.APIFRAME_SUPERRES: (),
     Dialect.FAL: (),
     Dialect.RUNWARE: (
-        Refusal("targetMegapixels", None, f"{_OTHER_MODELS}; give upscaleFactor"),
+        _MEGAPIXELS,
         Refusal("settings.enhanceDetails", neutral=False, why=_OTHER_MODELS),
         Refusal("settings.realism", neutral=False, why=_OTHER_MODELS),
         Refusal("settings.tileDiffusion", neutral=True, why="this model always works in tiles"),
+    ),
+    Dialect.RUNWARE_SUPERRES: (
+        _MEGAPIXELS,
+        # The clients send of settings only what they were given, so nothing of it can have come by itself.
+        Refusal("settings.positivePrompt", "", _OTHER_MODELS),
+        Refusal("settings.negativePrompt", "", _OTHER_MODELS),
+        Refusal("settings.strength", None, _OTHER_MODELS),
+        Refusal("settings.controlNetWeight", None, _OTHER_MODELS),
+        Refusal("settings.CFGScale", None, _OTHER_MODELS),
+        Refusal("settings.steps", None, _OTHER_MODELS),
+        Refusal("settings.scheduler", None, _OTHER_MODELS),
+        Refusal("settings.seed", None, f"{_OTHER_MODELS}; this one draws nothing by lot"),
+        Refusal("settings.clipSkip", 0, _OTHER_MODELS),
+        Refusal("settings.colorFix", neutral=False, why=_OTHER_MODELS),
+        Refusal("settings.enhanceDetails", neutral=False, why=_OTHER_MODELS),
+        Refusal("settings.realism", neutral=False, why=_OTHER_MODELS),
+        Refusal("settings.tileDiffusion", neutral=False, why=_OTHER_MODELS),
     ),
     Dialect.REPLICATE: (
         Refusal("mask", None, "masks are not supported; combine the pictures afterwards"),
@@ -250,7 +303,7 @@ def translate(dialect: Dialect, params: Mapping[str, Any], seed: int) -> Upscale
             for fault in error.errors(include_context=False)
         }
         raise ValidationError(complaints) from error
-    options: dict[str, Any] = {"seed": seed}
+    options: dict[str, Any] = {"engine": dialect.engine, "seed": seed}
     for row in TABLE[dialect]:
         if (value := read[row.name]) is not None:
             options |= row.becomes(value)

@@ -78,10 +78,19 @@ class SafetyCheck(StrEnum):
     """Refuse the job where the classifier is not installed."""
 
 
+class EngineName(StrEnum):
+    """Engines that a job may ask for by name; every worker has them, whatever its own is."""
+
+    SUPERRES = "superres"
+
+
 class UpscaleOptions(BaseModel):
     """How to upscale one image. The neutral words; each dialect's names and defaults are mapped onto these."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: EngineName | None = None
+    """None leaves it to the deployment."""
 
     scale_factor: Annotated[float, Field(ge=1, le=8)] = 2.0
     """Output side over input side; the output is exactly round(width × factor) by round(height × factor)."""
@@ -141,5 +150,7 @@ class UpscaleOptions(BaseModel):
     @property
     def cost(self) -> float:
         """The work that is expected, in jobs with default options: it grows with the output's area and the steps."""
+        if self.engine is EngineName.SUPERRES:
+            return 0.1 * max(1.0, (self.scale_factor / 2) ** 2)
         guidance = 1.0 if self.guidance_scale > 1 else 0.5
         return max(0.1, (self.scale_factor / 2) ** 2 * self.evaluations / 7 * guidance)

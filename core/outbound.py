@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -138,12 +138,13 @@ class Outbound:
             NoAnswer: nothing complete came back.
         """
         headers = {**_UNCOMPRESSED, **headers}
-        async with self._request("POST", self._check(url), timeout_seconds, headers, body) as response:
+        # The library asks to be handed large bodies as files; it still knows their length.
+        async with self._request("POST", self._check(url), timeout_seconds, headers, io.BytesIO(body)) as response:
             excerpt = await response.content.read(EXCERPT_BYTES)
             return _answer(response, excerpt.decode(errors="replace").replace("\0", ""))
 
-    async def put(self, url: str, data: bytes, content_type: str, timeout_seconds: float) -> Answer:
-        """PUT `data` in one piece without following redirects; of the answer's body nothing is read.
+    async def put(self, url: str, file: BinaryIO, content_type: str, timeout_seconds: float) -> Answer:
+        """PUT what is left of `file`, and close it, without following redirects; of the answer's body nothing is read.
 
         No header says more than the data's type and length, for the URL may be signed over them.
 
@@ -152,15 +153,16 @@ class Outbound:
             NoAnswer: no status came back.
         """
         headers = {"Content-Type": content_type}
-        async with self._request("PUT", self._check(url), timeout_seconds, headers, data) as response:
-            return _answer(response, "")
+        with file:
+            async with self._request("PUT", self._check(url), timeout_seconds, headers, file) as response:
+                return _answer(response, "")
 
     def _check(self, url: str) -> URL:
         return check_url(url, self._allow, proxied=self._proxy is not None)
 
     @asynccontextmanager
     async def _request(
-        self, method: str, url: URL, timeout_seconds: float, headers: Mapping[str, str], data: bytes | None = None
+        self, method: str, url: URL, timeout_seconds: float, headers: Mapping[str, str], data: BinaryIO | None = None
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """Lend the answer to one request; what the library raises, here or while it is read, is translated."""
         for_proxy = {} if self._credentials is None else {"Proxy-Authorization": self._credentials}
@@ -170,10 +172,9 @@ class Outbound:
             async with self._session.request(
                 method,
                 url,
-                # The library asks to be handed large bodies as files; it still knows their length.
-                data=None if data is None else io.BytesIO(data),
+                data=data,
                 headers=headers,
-                skip_auto_headers=("Accept", "Accept-Encoding") if method == "PUT" else (),
+                skip_auto_headers=("Accept", "Accept-Encoding", "Content-Disposition") if method == "PUT" else (),
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=CONNECT_TIMEOUT_SECONDS),
                 proxy=self._proxy,

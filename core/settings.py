@@ -62,8 +62,10 @@ class ModelSettings(BaseSettings):
     clarity_compile: bool = False
     """Compile the networks with the first job of each tile size."""
 
+    superres_variant: Literal["fidelity", "restore"] = "restore"
+    """Which of our own networks enlarges: the one that keeps to every pixel, or the one that also repairs."""
     superres_weights: str = ""
-    """A safetensors file of a pre-upscaler to use instead of the one that is installed."""
+    """A file of another network to enlarge with, .safetensors or .pth; also Clarity's pre-upscaler."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -110,7 +112,7 @@ class Settings(ModelSettings):
     """Connections to Postgres that one process may hold."""
 
     engine: str = "auto"
-    """auto, lanczos, clarity or package.module:Class."""
+    """auto, lanczos, superres, clarity or package.module:Class."""
 
     max_input_bytes: Annotated[int, Field(ge=1)] = 25 * 1024 * 1024
     """Largest image file accepted, however it arrives."""

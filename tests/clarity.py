@@ -13,7 +13,7 @@ from core.options import UpscaleOptions
 from worker.upscaler.engine import Engine
 from worker.upscaler.engines import Config, clarity
 from worker.upscaler.engines.clarity import Clarity
-from worker.upscaler.picture import Picture
+from worker.upscaler.picture import Picture, join
 
 Floats = npt.NDArray[np.float64]
 
@@ -26,7 +26,7 @@ def load(models: Path, **chosen: Any) -> Clarity:
 
 
 def upscale(engine: Engine, picture: Picture, options: UpscaleOptions = QUICK, **changed: Any) -> Picture:
-    return engine.upscale(picture, options.model_copy(update=changed), lambda _: None, lambda: False)
+    return join(engine.upscale(picture, options.model_copy(update=changed), lambda _: None, lambda: False))
 
 
 def photo(width: int, height: int, seed: int = 0) -> Picture:

@@ -4,13 +4,16 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 from core import failpoints
 from core.errors import Stopped
 from core.options import UpscaleOptions
 from worker.upscaler.picture import Picture
+from worker.upscaler.plan import Size, output_size
 
 SECONDS = 3.0
 STEP_SECONDS = 0.02
@@ -25,10 +28,10 @@ POINT, SIGNAL = "TEST_POINT", "TEST_SIGNAL"
 """Those that name a fail-point, and the signal that the worker gets from itself the first time it is there."""
 
 
-class Slow:
-    """Returns its input after SECONDS."""
+class Repeating:
+    """Enlarges by repeating pixels, once `act` has done what a test is about."""
 
-    name = "slow"
+    name = "repeating"
 
     def upscale(
         self,
@@ -36,13 +39,44 @@ class Slow:
         options: UpscaleOptions,
         on_progress: Callable[[float], None],
         should_stop: Callable[[], bool],
-    ) -> Picture:
+    ) -> Iterator[Picture]:
+        self.act(picture, options, on_progress, should_stop)
+        size = output_size(picture.width, picture.height, options.scale_factor)
+        rows, columns = (
+            np.arange(new) * old // new for new, old in zip(size[::-1], picture.rgb.shape[:2], strict=True)
+        )
+        yield Picture(picture.rgb[rows][:, columns], None if picture.alpha is None else picture.alpha[rows][:, columns])
+
+    def act(
+        self,
+        picture: Picture,
+        options: UpscaleOptions,
+        on_progress: Callable[[float], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Do what comes before the pixels."""
+
+    def peak_bytes(self, size: Size, options: UpscaleOptions, *, alpha: bool) -> int:
+        return 0
+
+
+class Slow(Repeating):
+    """Is done after SECONDS."""
+
+    name = "slow"
+
+    def act(
+        self,
+        picture: Picture,
+        options: UpscaleOptions,
+        on_progress: Callable[[float], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
         time.sleep(SECONDS)
-        return picture
 
 
-class Obedient:
-    """Does what the prompt says, and then returns its input.
+class Obedient(Repeating):
+    """Does what the prompt says, and then enlarges.
 
     work SECONDS: in steps. hang: never comes back. clutch: the same, and no other Python thread runs meanwhile. die:
     takes the worker with it, when it seems nearly done. `once` before it: only the first time that a job of this seed
@@ -55,13 +89,13 @@ class Obedient:
         if point := os.environ.get(POINT):
             failpoints.arm(point, _signal_self)
 
-    def upscale(
+    def act(
         self,
         picture: Picture,
         options: UpscaleOptions,
         on_progress: Callable[[float], None],
         should_stop: Callable[[], bool],
-    ) -> Picture:
+    ) -> None:
         match options.prompt.split():
             case ["once", *_] if not _is_first(options.seed):
                 pass
@@ -78,7 +112,6 @@ class Obedient:
             case _:
                 pass
         on_progress(1.0)
-        return picture
 
 
 def _work(seconds: float, on_progress: Callable[[float], None], should_stop: Callable[[], bool]) -> None:

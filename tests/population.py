@@ -84,7 +84,8 @@ class Population:
             case.body, case.media_type = Binary(PICTURE), "image/png"
 
     def _meet_body(self, body: dict[str, Any], dice: "_Dice") -> None:
-        dice.replace(body.get("clarityUpscaleParams"), "image", self.images)
+        for params in ("clarityUpscaleParams", "superresParams"):
+            dice.replace(body.get(params), "image", self.images)
         for name in ("webhookUrl", "uploadUrl"):
             dice.replace(body, name, [HOOK])
         for again in ("webhook_url", "webhook_events"):  # one spelling is enough

@@ -13,6 +13,10 @@ def body_of(image: str, **params: object) -> dict[str, Any]:
     return {"model": "clarity-upscale", "clarityUpscaleParams": {"image": image, **params}}
 
 
+def superres_body(image: str, **params: object) -> dict[str, Any]:
+    return {"model": "superres", "superresParams": {"image": image, **params}}
+
+
 def submit(client: TestClient, image: str, **params: object) -> UUID:
     response = client.post("/v2/images/upscale", json=body_of(image, **params))
     assert response.status_code == 202, response.text

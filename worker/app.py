@@ -31,10 +31,11 @@ def run(settings: Settings) -> None:
         DeploymentError: the engine that the settings name cannot run here.
     """
     chosen = {field.name: getattr(settings, field.name) for field in fields(engines.Config)}
-    engine = engines.load(settings.engine, engines.Config(**chosen))
+    config = engines.Config(**chosen)
+    own = engines.load(settings.engine, config)
     checker = _load_safety_checker(settings)
-    logger.info("worker started with engine %s", engine.name)
-    with open_worker(settings, engine, checker) as worker:
+    logger.info("worker started with engine %s", own.name)
+    with open_worker(settings, engines.Engines(own, config), checker) as worker:
         celery = make_celery(settings)
         register(celery, worker)
 

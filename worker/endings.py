@@ -4,6 +4,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from datetime import timedelta
 from typing import TypeVar
 from uuid import UUID
@@ -32,6 +33,7 @@ from db import jobs
 from db.jobs import Attempt, Result
 from db.models import JobStatus
 from db.session import Database
+from worker.drafts import Draft
 from worker.lease import Held, Lease
 from worker.puts import Putter
 
@@ -73,7 +75,7 @@ class Endings:
         self._putter = putter
         self._tasks = tasks
 
-    async def store(self, attempt: Attempt, data: bytes, format: OutputFormat) -> str:
+    async def store(self, attempt: Attempt, draft: Draft, format: OutputFormat) -> str:
         """Store the finished picture, waiting for a storage that is away; return its key, which is the attempt's own.
 
         Raises:
@@ -83,7 +85,8 @@ class Endings:
         give_up_at = time.monotonic() + FINISH_PATIENCE_SECONDS
         while True:
             try:
-                await self._storage.write(key, data)
+                async with aclosing(draft.blocks()) as blocks:
+                    await self._storage.write_stream(key, blocks)
                 break
             except StorageUnavailable as error:
                 if time.monotonic() > give_up_at or self._lease.drained:
@@ -93,7 +96,7 @@ class Endings:
         failpoints.reach("after_upload")
         return key
 
-    async def complete(self, held: Held, data: bytes, result: Result, key: str) -> UploadFailed | None:
+    async def complete(self, held: Held, draft: Draft, result: Result, key: str) -> UploadFailed | None:
         """Put what was stored where the caller wants it, if anywhere; then complete the job, or take the object away.
 
         Return why the caller's URL did not take it: then the job has failed by that, and keeps its result.
@@ -113,7 +116,7 @@ class Endings:
 
         try:
             if attempt.upload_url is not None:
-                failure = await self._putter.put(held, data, result.format.content_type, require_wanted)
+                failure = await self._putter.put(held, draft, result.format.content_type, require_wanted)
             await self._finish(attempt, change)
         except (LeaseLost, Stopped):
             try:

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 from core.errors import Stopped, UploadFailed, UrlNotAllowed
 from core.outbound import NoAnswer, Outbound
 from core.settings import Settings
+from worker.drafts import Draft
 from worker.lease import Held
 
 PUTS_AT_ONCE = 8
@@ -49,7 +50,7 @@ class Putter:
         self._outbound = outbound
 
     async def put(
-        self, held: Held, data: bytes, content_type: str, require_wanted: Callable[[], Awaitable[None]]
+        self, held: Held, draft: Draft, content_type: str, require_wanted: Callable[[], Awaitable[None]]
     ) -> UploadFailed | None:
         """Put a result to its job's upload URL; return why that failed, if it did.
 
@@ -61,16 +62,16 @@ class Putter:
         Raises:
             Stopped: the attempt was told to stop, before a PUT, in a pause or halfway through.
         """
-        return await _unless_stopped(held, self._put(held, data, content_type, require_wanted))
+        return await _unless_stopped(held, self._put(held, draft, content_type, require_wanted))
 
     async def _put(
-        self, held: Held, data: bytes, content_type: str, require_wanted: Callable[[], Awaitable[None]]
+        self, held: Held, draft: Draft, content_type: str, require_wanted: Callable[[], Awaitable[None]]
     ) -> UploadFailed | None:
         attempt = held.attempt
         assert attempt.upload_url is not None
         for place in count():
             await require_wanted()
-            failure = await self._put_once(attempt.upload_url, data, content_type)
+            failure = await self._put_once(attempt.upload_url, draft, content_type)
             if failure is None:
                 return None
             logger.info(
@@ -81,9 +82,9 @@ class Putter:
             await asyncio.sleep(max(self._pauses[place], min(failure.wait, LONGEST_RETRY_AFTER_SECONDS)))
         raise AssertionError("count() never ends")
 
-    async def _put_once(self, url: str, data: bytes, content_type: str) -> _Failure | None:
+    async def _put_once(self, url: str, draft: Draft, content_type: str) -> _Failure | None:
         try:
-            answer = await self._outbound.put(url, data, content_type, self._timeout)
+            answer = await self._outbound.put(url, draft.open(), content_type, self._timeout)
         except UrlNotAllowed:
             return _Failure("it leads where this service does not go", None)
         except NoAnswer:

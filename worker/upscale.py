@@ -1,6 +1,7 @@
 """From a claim to its end: claim → read → upscale → write → complete, one job on the engine at a time.
 
-While the engine works on a job, the one before is written and the one after is read.
+While the engine works on a job, what is finished of its picture is written into a file, the one before is stored and
+the one after is read.
 """
 
 import hashlib
@@ -19,7 +20,6 @@ from typing import Protocol, TypeVar, TypeVarTuple
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from core import failpoints, progress
 from core.errors import (
@@ -42,23 +42,22 @@ from core.storage import Storage, is_upload, open_storage
 from db.jobs import Attempt, Result
 from db.session import Database
 from worker.claims import Claims
+from worker.drafts import Draft
 from worker.endings import Endings
 from worker.lease import Held, Lease
 from worker.puts import Putter, Sideline
+from worker.reports import Reports
 from worker.upscaler import encoding
 from worker.upscaler.decoder import Decoder
 from worker.upscaler.decoding import Header, Limits
 from worker.upscaler.engine import Engine
+from worker.upscaler.engines import Engines
 from worker.upscaler.memory import machine_bytes
 from worker.upscaler.picture import Levels, Picture
-from worker.upscaler.plan import check_memory, check_output
+from worker.upscaler.plan import Size, check_memory, check_output, output_size
 
-AHEAD_SECONDS = 0.5
-"""How long before the engine is free, by its own progress, the next job is claimed and read."""
-
-PROGRESS_INTERVAL_SECONDS = 0.2
-PROGRESS_EVENT_INTERVAL_SECONDS = 1.0
-"""How often the webhook of a job is told of its progress at most."""
+GLANCE_PIXELS = 512
+"""Shorter side of what the safety check looks at: a little more than it needs."""
 
 Value = TypeVar("Value")
 Arguments = TypeVarTuple("Arguments")
@@ -88,10 +87,11 @@ class SafetyChecker(Protocol):
 
 @dataclass(frozen=True)
 class _Ready:
-    """An attempt that waits for the engine."""
+    """An attempt that waits for its engine."""
 
     held: Held
     options: UpscaleOptions
+    engine: Engine
     picture: Picture
     claimed_at: float
 
@@ -102,11 +102,25 @@ class _Ready:
 
 
 @dataclass(frozen=True)
+class _Upscaled:
+    """An attempt whose picture is finished, and the end of its file perhaps still being written."""
+
+    held: Held
+    options: UpscaleOptions
+    engine: str
+    size: Size
+    draft: Draft
+    saving: Future[None]
+    claimed_at: float
+    alone: bool
+
+
+@dataclass(frozen=True)
 class _Stored:
     """An attempt whose result is stored, and that has yet to end with it."""
 
     held: Held
-    data: bytes
+    draft: Draft
     result: Result
     key: str
     claimed_at: float
@@ -138,15 +152,17 @@ def _await(future: Future[object] | None) -> None:
 
 
 @contextmanager
-def open_worker(settings: Settings, engine: Engine, safety_checker: SafetyChecker | None = None) -> Generator["Worker"]:
+def open_worker(
+    settings: Settings, engines: Engines, safety_checker: SafetyChecker | None = None
+) -> Generator["Worker"]:
     """Start an event loop in a thread, connect there, and lend a Worker that reaches it through one portal."""
     with (
         start_blocking_portal(backend_options={"use_uvloop": sys.platform != "win32"}) as portal,
-        portal.wrap_async_context_manager(_open_parts(settings, engine.name)) as parts,
+        portal.wrap_async_context_manager(_open_parts(settings, engines.own.name)) as parts,
         Sideline() as sideline,
         Decoder(settings.decode_seconds, settings.stall_seconds) as decoder,
     ):
-        yield Worker(settings, engine, safety_checker, portal, parts, sideline, decoder)
+        yield Worker(settings, engines, safety_checker, portal, parts, sideline, decoder)
 
 
 @asynccontextmanager
@@ -166,12 +182,12 @@ async def _open_parts(settings: Settings, engine: str) -> AsyncGenerator[_Parts]
 
 
 class Worker:
-    """Runs jobs with one engine, in the thread that calls it."""
+    """Runs jobs, one at a time, in the thread that calls it."""
 
     def __init__(
         self,
         settings: Settings,
-        engine: Engine,
+        engines: Engines,
         safety_checker: SafetyChecker | None,
         portal: BlockingPortal,
         parts: _Parts,
@@ -179,15 +195,17 @@ class Worker:
         decoder: Decoder,
     ) -> None:
         self._settings = settings
-        self._engine = engine
+        self._engines = engines
         self._portal = portal
         self._parts = parts
         self._lease = parts.lease
+        self._reports = Reports(portal, parts.redis)
         self._sideline = sideline
         self._safety_checker = safety_checker
         self._decoder = decoder
         memory_bytes = settings.max_memory_bytes or machine_bytes()
         self._limits = Limits(settings.max_output_pixels, settings.max_input_side, memory_bytes)
+        self._drafts: dict[Held, Draft] = {}
         self._claimed = 0
         self._free_at = 0.0
         """When the engine had last done its work."""
@@ -217,7 +235,10 @@ class Worker:
                         _await(writing)
                         ready = self._prepare()
         finally:
-            self._lease.abandon(*(held for held in self._lease.held if held not in self._sideline.held))
+            lost = [held for held in self._lease.held if held not in self._sideline.held]
+            for held in lost:
+                self._discard_draft(held)
+            self._lease.abandon(*lost)
         return self._claimed - before
 
     def _prepare(self, *, beside_others: bool = False) -> _Ready | None:
@@ -242,7 +263,7 @@ class Worker:
         """Upscale, and begin to write the result once the one before it is written; return what waits for that."""
         upscaled = self._stage(ready.held, self._upscale, ready, look_ahead)
         _await(writing)
-        return None if upscaled is None else behind.submit(self._write, ready, upscaled)
+        return None if upscaled is None else behind.submit(self._write, upscaled)
 
     def _stage(self, held: Held, act: Callable[[*Arguments], Value | None], *arguments: *Arguments) -> Value | None:
         """Carry an attempt a stage further; None when it has ended by that, well or badly."""
@@ -250,6 +271,7 @@ class Worker:
             result = self._carry(held, act, *arguments)
         except BaseException as error:
             # Whatever it is, the job must not stay with a worker that has forgotten it.
+            self._discard_draft(held)
             self._lease.abandon(held)
             if not isinstance(error, Exception):
                 raise
@@ -258,8 +280,13 @@ class Worker:
             logger.warning("job %s attempt %d: left behind, %s", attempt.job_id, attempt.number, error, exc_info=bug)
             return None
         if result is None:
+            self._discard_draft(held)
             self._lease.release(held)
         return result
+
+    def _discard_draft(self, held: Held) -> None:
+        if (draft := self._drafts.pop(held, None)) is not None:
+            draft.close()
 
     def _carry(self, held: Held, act: Callable[[*Arguments], Value | None], *arguments: *Arguments) -> Value | None:
         """Run `act` for an attempt, and end the attempt by what it raises."""
@@ -293,53 +320,70 @@ class Worker:
         options = UpscaleOptions.model_validate(held.attempt.options)
         if options.safety_check is SafetyCheck.REQUIRED and self._safety_checker is None:
             raise SafetyCheckUnavailable("A safety check is asked for, and this deployment has no classifier for it.")
+        engine = self._engines.choose(options)
         source = self._portal.call(self._read, held.attempt)
 
         def approve(header: Header) -> None:
             check_output(header.width, header.height, options, self._limits.pixels)
-            check_memory(header.width, header.height, options, self._limits.memory_bytes, alpha=header.alpha)
+            size = output_size(header.width, header.height, options.scale_factor)
+            needed = engine.peak_bytes(Size(width=header.width, height=header.height), options, alpha=header.alpha)
+            needed += encoding.peak_bytes(size, options.output_format, alpha=header.alpha)
+            check_memory(size, needed, self._limits.memory_bytes)
 
         with held.watched():
             picture = self._decoder.decode(source, self._limits, approve)
-        return _Ready(held, options, picture, claimed_at)
+        return _Ready(held, options, engine, picture, claimed_at)
 
-    def _upscale(self, ready: _Ready, look_ahead: Callable[[], object]) -> Picture:
-        held, options = ready.held, ready.options
+    def _upscale(self, ready: _Ready, look_ahead: Callable[[], object]) -> _Upscaled:
+        held, options, picture = ready.held, ready.options, ready.picture
         if self._lease.draining or held.should_stop():
             raise Stopped("The worker is about to end, or the job is unwanted.")  # another worker begins it sooner
+        size = output_size(picture.width, picture.height, options.scale_factor)
+        draft = self._drafts[held] = Draft()
         with held.watched():
-            reporter = self._reporter(held, look_ahead)
-            upscaled = self._engine.upscale(ready.picture, options, reporter, held.should_stop)
+            report = self._reports.follow(held, look_ahead)
+            strips = ready.engine.upscale(picture, options, report, held.should_stop)
+            saving = encoding.encode(strips, size, options.output_format, options.output_quality, draft.file)
+            held.move()
             if options.safety_check is not SafetyCheck.OFF and self._safety_checker is not None:
-                held.move()
-                if self._safety_checker.flags(upscaled.rgb):
-                    raise ContentFlagged("The safety check found sexual content in the upscaled picture.")
+                saving.result()
+                self._check_safety(self._safety_checker, held, draft)
         began, self._free_at = max(ready.claimed_at, self._free_at), time.monotonic()
         self._lease.learn(held.attempt.cost, self._free_at - began)
-        return upscaled
+        return _Upscaled(held, options, ready.engine.name, size, draft, saving, ready.claimed_at, ready.alone)
 
-    def _write(self, ready: _Ready, upscaled: Picture) -> None:
-        stored = self._stage(ready.held, self._write_picture, ready, upscaled)
-        if stored is not None and (stored.held.attempt.upload_url is None or ready.alone):
+    @staticmethod
+    def _check_safety(checker: SafetyChecker, held: Held, draft: Draft) -> None:
+        with draft.open() as file:
+            seen = encoding.thumbnail(file, GLANCE_PIXELS)
+        held.move()
+        if checker.flags(seen):
+            raise ContentFlagged("The safety check found sexual content in the upscaled picture.")
+
+    def _write(self, upscaled: _Upscaled) -> None:
+        stored = self._stage(upscaled.held, self._store, upscaled)
+        if stored is not None and (stored.held.attempt.upload_url is None or upscaled.alone):
             self._stage(stored.held, self._complete, stored)
         elif stored is not None:
             self._sideline.begin(stored.held, partial(self._complete_aside, stored))
 
-    def _write_picture(self, ready: _Ready, upscaled: Picture) -> _Stored:
-        attempt, options = ready.held.attempt, ready.options
-        with ready.held.watched():
-            data = encoding.encode(upscaled, options.output_format, options.output_quality)
+    def _store(self, upscaled: _Upscaled) -> _Stored:
+        held, options, draft = upscaled.held, upscaled.options, upscaled.draft
+        with held.watched():
+            upscaled.saving.result()
+        with draft.open() as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         result = Result(
-            engine=self._engine.name,
+            engine=upscaled.engine,
             format=options.output_format,
-            width=upscaled.width,
-            height=upscaled.height,
-            size_bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
+            width=upscaled.size.width,
+            height=upscaled.size.height,
+            size_bytes=draft.size_bytes,
+            sha256=sha256,
             seed=options.seed,
         )
-        key = self._portal.call(self._parts.endings.store, attempt, data, result.format)
-        return _Stored(ready.held, data, result, key, ready.claimed_at)
+        key = self._portal.call(self._parts.endings.store, held.attempt, draft, result.format)
+        return _Stored(held, draft, result, key, upscaled.claimed_at)
 
     def _complete_aside(self, stored: _Stored) -> None:
         self._stage(stored.held, self._complete, stored)
@@ -348,7 +392,7 @@ class Worker:
 
     def _complete(self, stored: _Stored) -> None:
         attempt, result = stored.held.attempt, stored.result
-        failure = self._portal.call(self._parts.endings.complete, stored.held, stored.data, result, stored.key)
+        failure = self._portal.call(self._parts.endings.complete, stored.held, stored.draft, result, stored.key)
         logger.info(
             "job %s attempt %d: %s, %dx%d by %s in %.2f s",
             *(attempt.job_id, attempt.number, failure or "completed", result.width, result.height, result.engine),
@@ -368,39 +412,6 @@ class Worker:
             return await self._parts.storage.read(attempt.image_key, limit)
         except NotFound as error:
             raise InputFetchFailed("The uploaded image is gone.") from error
-
-    def _reporter(self, held: Held, look_ahead: Callable[[], object]) -> Callable[[float], None]:
-        """Return the engine's on_progress: it never waits, and drops what comes too fast to be seen.
-
-        When the job is nearly done it lets the next one be claimed; sooner, and another worker could begin it first.
-        """
-        began = shown_at = event_at = time.monotonic()
-
-        def report(fraction: float) -> None:
-            nonlocal shown_at, event_at
-            held.move()
-            failpoints.reach("mid_step")
-            now = time.monotonic()
-            if fraction >= 0.5 and (now - began) * (1 - fraction) <= AHEAD_SECONDS * fraction:
-                look_ahead()
-            if now - shown_at < PROGRESS_INTERVAL_SECONDS:
-                return
-            shown_at = now
-            owe_event = held.attempt.wants_progress and now - event_at >= PROGRESS_EVENT_INTERVAL_SECONDS
-            event_at = now if owe_event else event_at
-            # 100 is what a completed job shows: encoding and storing are still to come.
-            percent = min(99, max(1, int(100 * fraction)))
-            self._portal.start_task_soon(self._report, held.attempt, percent, owe_event)
-
-        return report
-
-    async def _report(self, attempt: Attempt, percent: int, owe_event: bool) -> None:
-        try:
-            await progress.report(self._parts.redis, attempt.job_id, attempt.number, percent)
-            if owe_event:
-                await progress.owe_event(self._parts.redis, attempt.job_id, attempt.number, percent)
-        except RedisError as error:
-            logger.debug("progress of job %s not shown: %s", attempt.job_id, error)
 
 
 def _is_reduced(attempt: Attempt) -> bool:

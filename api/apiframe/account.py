@@ -11,6 +11,23 @@ from db.models import Scope
 
 router = APIRouter(prefix="/v2", tags=["account"], route_class=KeyedRoute)
 
+_MODELS = [
+    schemas.ModelObject(
+        id="clarity-upscale",
+        label="Clarity Upscaler",
+        description="Upscales an image and invents as much detail as it is told to.",
+        paramsKey=schemas.ClarityUpscaleRequest.params_field,
+        params=schemas.ClarityUpscaleParams.model_json_schema(),
+    ),
+    schemas.ModelObject(
+        id="superres",
+        label="Super-resolution",
+        description="Upscales an image by a network that sharpens what is there and invents nothing.",
+        paramsKey=schemas.SuperresRequest.params_field,
+        params=schemas.SuperresParams.model_json_schema(),
+    ),
+]
+
 
 @router.get("/me", responses=documented(401, 403, 429))
 async def me(caller: ReaderDep, parts: PartsDep) -> schemas.Account:
@@ -34,15 +51,4 @@ async def me(caller: ReaderDep, parts: PartsDep) -> schemas.Account:
 @router.get("/models", responses=documented(400))
 async def models(modality: Literal["image", "video", "music"] | None = None) -> schemas.ModelList:
     """Return what can be asked for; needs no key."""
-    clarity = schemas.ModelObject(
-        id=schemas.MODEL,
-        label="Clarity Upscaler",
-        modality="image",
-        description="Upscales an image and invents as much detail as it is told to.",
-        pricingMode="flat",
-        costMin=0,
-        costMax=0,
-        paramsKey=schemas.PARAMS_FIELD,
-        params=schemas.ClarityUpscaleParams.model_json_schema(),
-    )
-    return schemas.ModelList(models=[clarity] if modality in (None, "image") else [])
+    return schemas.ModelList(models=_MODELS if modality in (None, "image") else [])

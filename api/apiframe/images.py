@@ -4,7 +4,7 @@ from contextlib import suppress
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Body, Header, Request, Response
 
 from api.apiframe import schemas, views
 from api.dependencies import KeyedRoute, Parts, PartsDep, SubmitHeadersDep, WriterDep, readmit
@@ -48,7 +48,7 @@ _PREFER = "`wait=n`, n from 1 to 60: hold the answer for so long, until the job 
     summary="Submit an image",
 )
 async def upscale(
-    body: schemas.UpscaleRequest,
+    body: Annotated[schemas.AnyUpscaleRequest, Body(title="UpscaleRequest")],
     headers: SubmitHeadersDep,
     caller: WriterDep,
     parts: PartsDep,
@@ -56,15 +56,14 @@ async def upscale(
     prefer: Annotated[list[str] | None, Header(description=_PREFER)] = None,
 ) -> Response:
     """Record a job that upscales one image, and answer at once. It is committed before the answer leaves."""
-    params = body.clarityUpscaleParams
     accepted = await parts.intake.submit(
         caller,
         Submission(
             model=body.model,
-            options=params.to_options(body.prompt),
-            image=params.image,
-            image_field=f"{schemas.PARAMS_FIELD}.image",
-            input=params.model_dump(exclude_unset=True),
+            options=body.to_options(),
+            image=body.params.image,
+            image_field=f"{body.params_field}.image",
+            input=body.params.model_dump(exclude_unset=True),
             webhook_url=body.wanted_webhook(),
             webhook_field=body.webhook_field,
             webhook_events=body.wanted_events(),

@@ -3,31 +3,32 @@
 Where its model page and its OpenAPI document differ, requests accept both and answers take the document's form.
 """
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from uuid import UUID
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     PlainSerializer,
     StringConstraints,
+    WrapValidator,
     model_validator,
 )
 
 from api.intake import draw_seed
 from core.addresses import MAX_URL_CHARACTERS
 from core.apiframe import timestamp
-from core.dialects import Dialect, Format, Prompt, ScaleFactor, parameter, storable, translate
+from core.dialects import AnyScaleFactor, Dialect, Format, Prompt, ScaleFactor, parameter, storable, translate
+from core.errors import ValidationError
 from core.options import UpscaleOptions
 from db.models import JobStatus, Scope, WebhookEvent
-
-MODEL = "clarity-upscale"
-PARAMS_FIELD = "clarityUpscaleParams"
 
 Timestamp = Annotated[datetime, PlainSerializer(timestamp, return_type=str)]
 
@@ -36,9 +37,11 @@ Url = Annotated[str, StringConstraints(min_length=1, max_length=2048), AfterVali
 UploadUrl = Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL_CHARACTERS), AfterValidator(storable)]
 
 
-def _parameter(name: str, description: str | None = None, *, step: float | None = None) -> Any:
+def _parameter(
+    name: str, description: str | None = None, *, step: float | None = None, of: Dialect = Dialect.APIFRAME
+) -> Any:
     """Make the field of a parameter, with the default and the range that the table of dialects gives it."""
-    row = parameter(Dialect.APIFRAME, name)
+    row = parameter(of, name)
     # The page's steps are those of its sliders; its OpenAPI document takes any value in range, and so do we.
     extra: dict[str, JsonValue] = {} if step is None else {"x-step": step}
     return Field(row.default, ge=row.low, le=row.high, description=description, json_schema_extra=extra)
@@ -49,12 +52,20 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class ClarityUpscaleParams(Request):
-    """The parameters of clarity-upscale; defaults and ranges are the model page's."""
+_OUTPUT_QUALITY = "Quality of jpg and webp. An addition of ours."
+
+
+class Params(Request):
+    """What the parameters of every model hold."""
 
     image: Text = Field(
         description="An http(s) URL, upload://<id> or the id of an upload, a data URI with base64, or base64."
     )
+
+
+class ClarityUpscaleParams(Params):
+    """The parameters of clarity-upscale; defaults and ranges are the model page's."""
+
     prompt: Prompt = _parameter("prompt", "Describes the kind of detail to add.")
     negative_prompt: Prompt = _parameter("negative_prompt", "Describes what to keep out.")
     scale_factor: ScaleFactor = _parameter("scale_factor", "Output side over input side.")
@@ -64,13 +75,18 @@ class ClarityUpscaleParams(Request):
     num_inference_steps: int = _parameter("num_inference_steps", "Denoising steps.", step=1)
     sharpen: float = _parameter("sharpen", "Sharpening of the finished picture.")
     output_format: Format = _parameter("output_format")
-    output_quality: int = _parameter("output_quality", "Quality of jpg and webp. An addition of ours.")
+    output_quality: int = _parameter("output_quality", _OUTPUT_QUALITY)
     seed: int | None = _parameter("seed", "Repeats a result; drawn when absent.", step=1)
 
-    def to_options(self, prompt: str) -> UpscaleOptions:
-        """Translate into our words; `prompt` is what holds when this has none."""
-        params = self.model_dump(exclude={"image"}) | {"prompt": self.prompt or prompt}
-        return translate(Dialect.APIFRAME, params, draw_seed())
+
+class SuperresParams(Params):
+    """The parameters of superres, a model of ours."""
+
+    scale_factor: AnyScaleFactor = _parameter(
+        "scale_factor", "Output side over input side.", of=Dialect.APIFRAME_SUPERRES
+    )
+    output_format: Format = _parameter("output_format", of=Dialect.APIFRAME_SUPERRES)
+    output_quality: int = _parameter("output_quality", _OUTPUT_QUALITY, of=Dialect.APIFRAME_SUPERRES)
 
 
 EventName = Literal["progress", "completed", "failed", "cancelled"]
@@ -78,11 +94,11 @@ EventNames = Annotated[list[EventName], Field(min_length=1)]
 
 
 class UpscaleRequest(Request):
-    """A request to upscale one image."""
+    """What a request to upscale one image holds, whatever the model."""
 
-    model: Literal["clarity-upscale"]
-    clarityUpscaleParams: ClarityUpscaleParams
-    prompt: Prompt = Field("", description="The same as in the parameters, where the model page also puts it.")
+    params_field: ClassVar[str]
+    """Where the model's parameters are."""
+
     priority: int = Field(
         0,
         ge=-10,
@@ -106,6 +122,14 @@ class UpscaleRequest(Request):
         return self
 
     @property
+    @abstractmethod
+    def params(self) -> Params: ...
+
+    @abstractmethod
+    def to_options(self) -> UpscaleOptions:
+        """Translate the parameters into our words."""
+
+    @property
     def webhook_field(self) -> str:
         return "webhook_url" if self.webhook_url else "webhookUrl"
 
@@ -115,6 +139,65 @@ class UpscaleRequest(Request):
     def wanted_events(self) -> Sequence[WebhookEvent]:
         named = self.webhookEvents or self.webhook_events or ("completed", "failed", "cancelled")
         return [WebhookEvent(name) for name in named]
+
+
+class ClarityUpscaleRequest(UpscaleRequest):
+    """A request to upscale one image by clarity-upscale."""
+
+    params_field = "clarityUpscaleParams"
+
+    model: Literal["clarity-upscale"]
+    clarityUpscaleParams: ClarityUpscaleParams
+    prompt: Prompt = Field("", description="The same as in the parameters, where the model page also puts it.")
+
+    @property
+    def params(self) -> ClarityUpscaleParams:
+        return self.clarityUpscaleParams
+
+    def to_options(self) -> UpscaleOptions:
+        prompt = self.params.prompt or self.prompt
+        return translate(Dialect.APIFRAME, self.params.model_dump(exclude={"image"}) | {"prompt": prompt}, draw_seed())
+
+
+class SuperresRequest(UpscaleRequest):
+    """A request to upscale one image by superres."""
+
+    params_field = "superresParams"
+
+    model: Literal["superres"]
+    superresParams: SuperresParams
+
+    @property
+    def params(self) -> SuperresParams:
+        return self.superresParams
+
+    def to_options(self) -> UpscaleOptions:
+        return translate(Dialect.APIFRAME_SUPERRES, self.params.model_dump(exclude={"image"}), draw_seed())
+
+
+class _Named(BaseModel):
+    model: Literal["clarity-upscale", "superres"]
+
+
+_Either = ClarityUpscaleRequest | SuperresRequest
+_REQUESTS: Mapping[str, type[_Either]] = {"clarity-upscale": ClarityUpscaleRequest, "superres": SuperresRequest}
+
+
+def _read(body: Any, _union: Any) -> _Either:
+    """Read a body as a request to the model that it names.
+
+    The union would do the same, but put the model's name into the path of every field that it complains of.
+    """
+    model = _Named.model_validate(body, from_attributes=True).model
+    for other, request in _REQUESTS.items():
+        if other != model and request.params_field in body:
+            own = _REQUESTS[model].params_field
+            raise ValidationError({request.params_field: [f"belongs to model {other}; {model} takes {own}"]})
+    return _REQUESTS[model].model_validate(body, from_attributes=True)
+
+
+AnyUpscaleRequest = Annotated[_Either, Discriminator("model"), WrapValidator(_read)]
+"""A request to upscale one image."""
 
 
 class JobAccepted(BaseModel):
@@ -217,11 +300,11 @@ class Account(BaseModel):
 class ModelObject(BaseModel):
     id: str
     label: str
-    modality: Literal["image"]
+    modality: Literal["image"] = "image"
     description: str
-    pricingMode: Literal["flat"]
-    costMin: int
-    costMax: int
+    pricingMode: Literal["flat"] = "flat"
+    costMin: int = 0
+    costMax: int = 0
     paramsKey: str
     params: dict[str, Any] = Field(description="JSON Schema of the parameters: defaults, ranges and steps.")
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from core import failpoints
 from core.errors import Stopped
 from core.options import UpscaleOptions
 from worker.upscaler.picture import Picture
+from worker.upscaler.plan import Size
 
 MARKS = "CHAOS_MARKS"
 """The environment variable that names the folder in which hung attempts leave a mark."""
@@ -65,7 +66,7 @@ class Moody:
         options: UpscaleOptions,
         on_progress: Callable[[float], None],
         should_stop: Callable[[], bool],
-    ) -> Picture:
+    ) -> Iterator[Picture]:
         kind = Kind(picture.width)
         number = _mark(options.seed) if kind in _MARKED else 1
         failpoints.disarm()
@@ -83,7 +84,10 @@ class Moody:
             if step == steps // 2:
                 _break(kind, options)
             on_progress((step + 1) / steps)
-        return Picture(signed(picture, options.seed))
+        yield Picture(signed(picture, options.seed))
+
+    def peak_bytes(self, size: Size, options: UpscaleOptions, *, alpha: bool) -> int:
+        return 0
 
 
 def signed(picture: Picture, seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -83,8 +83,10 @@ def test_the_denoiser_s_loop_never_waits(models: Path) -> None:
 
 def test_a_seed_gives_the_same_picture_on_gpu_and_cpu(models: Path) -> None:
     pictures = [
-        clarity.load(Config(models_dir=models, device=device, precision="fp32")).upscale(
-            _picture(64), OPTIONS, lambda _: None, lambda: False
+        next(
+            clarity.load(Config(models_dir=models, device=device, precision="fp32")).upscale(
+                _picture(64), OPTIONS, lambda _: None, lambda: False
+            )
         )
         for device in ("cuda", "cpu")
     ]
@@ -97,7 +99,7 @@ def test_memory_grows_with_the_canvas_by_no_more_than_a_few_canvases(models: Pat
     peaks: list[int] = []
     for side in (256, 512):
         torch.cuda.reset_peak_memory_stats()
-        engine.upscale(_picture(side), OPTIONS, lambda _: None, lambda: False)
+        list(engine.upscale(_picture(side), OPTIONS, lambda _: None, lambda: False))
         peaks.append(torch.cuda.max_memory_allocated())
     pixels = (2 * 512) ** 2 - (2 * 256) ** 2
     assert peaks[1] - peaks[0] < 200 * pixels

@@ -11,7 +11,8 @@ from cli.keys import create_key
 from core.settings import Settings
 from tests.documented import DocumentedClient
 from worker.upscale import open_worker
-from worker.upscaler import engines
+from worker.upscaler.engines import Engines
+from worker.upscaler.engines.lanczos import Lanczos
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def work(settings: Settings) -> Callable[[], int]:
     """Run every job that is queued, in this process; return how many there were."""
 
     def run() -> int:
-        with open_worker(settings, engines.load("lanczos")) as worker:
+        with open_worker(settings, Engines(Lanczos())) as worker:
             return worker.work()
 
     return run

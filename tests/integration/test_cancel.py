@@ -12,8 +12,10 @@ from starlette.testclient import TestClient
 from core.errors import Stopped
 from core.options import UpscaleOptions
 from core.settings import Settings
+from tests.engines import Repeating
 from tests.requests import body_of, png, submit, upload
 from worker.upscale import open_worker
+from worker.upscaler.engines import Engines
 from worker.upscaler.picture import Picture
 
 Sql = Callable[..., list[Any]]
@@ -22,7 +24,7 @@ Work = Callable[[], int]
 IMAGE = "https://example.com/a.png"
 
 
-class _UntilStopped:
+class _UntilStopped(Repeating):
     """An engine that works until it is told to stop."""
 
     name = "until stopped"
@@ -30,13 +32,13 @@ class _UntilStopped:
     def __init__(self) -> None:
         self.begun, self.stopped = threading.Event(), threading.Event()
 
-    def upscale(
+    def act(
         self,
         picture: Picture,
         options: UpscaleOptions,
         on_progress: Callable[[float], None],
         should_stop: Callable[[], bool],
-    ) -> Picture:
+    ) -> None:
         self.begun.set()
         give_up_at = time.monotonic() + 10
         while time.monotonic() < give_up_at:
@@ -67,7 +69,7 @@ def test_to_cancel_twice_does_no_harm(client: TestClient) -> None:
 def test_a_running_job_stops_at_its_next_step(client: TestClient, settings: Settings) -> None:
     job_id = submit(client, upload(client, png(2, 2)))
     engine = _UntilStopped()
-    with open_worker(settings, engine) as worker:
+    with open_worker(settings, Engines(engine)) as worker:
         running = threading.Thread(target=worker.work)
         running.start()
         assert engine.begun.wait(5)
@@ -122,7 +124,7 @@ def test_a_deadline_that_has_not_passed_changes_nothing(client: TestClient, work
 
 def test_a_deadline_that_passes_while_the_job_runs_stops_it(client: TestClient, settings: Settings) -> None:
     answer = client.post("/v2/images/upscale", json=body_of(upload(client, png(2, 2))), headers={"Cancel-After": "1s"})
-    with open_worker(settings.model_copy(update={"lease_seconds": 2}), _UntilStopped()) as worker:
+    with open_worker(settings.model_copy(update={"lease_seconds": 2}), Engines(_UntilStopped())) as worker:
         assert worker.work()
     job = client.get(f"/v2/jobs/{answer.json()['jobId']}").json()
     assert (job["status"], job["errorCode"]) == ("CANCELLED", "deadline_exceeded")

@@ -11,6 +11,7 @@ from core.settings import Settings
 from tests.requests import png, submit, upload
 from worker.upscale import open_worker
 from worker.upscaler import decoding
+from worker.upscaler.engines import Engines
 from worker.upscaler.engines.lanczos import Lanczos
 
 
@@ -18,25 +19,21 @@ def test_each_setting_that_bounds_pictures_ends_what_passes_it_and_nothing_else(
     client: TestClient, settings: Settings
 ) -> None:
     transparent = BytesIO()
-    Image.new("RGBA", (280, 280)).save(transparent, "PNG")
+    Image.new("RGBA", (1600, 1600)).save(transparent, "PNG")
     cases: list[tuple[bytes, dict[str, Any], str | None, str]] = [
-        (png(301, 1), {}, "input_too_large", "the limit is 300 on a side"),
-        (transparent.getvalue(), {}, "input_too_large", "MiB of memory; the limit is 1."),
-        (png(150, 150), {"scale_factor": 2}, "output_too_large", "MiB of memory; the limit is 1."),
-        (png(100, 100), {"scale_factor": 2}, None, ""),
+        (png(1601, 1), {}, "input_too_large", "the limit is 1600 on a side"),
+        (transparent.getvalue(), {}, "input_too_large", "MiB of memory; the limit is 40."),
+        (png(800, 800), {"output_format": "webp"}, "output_too_large", "MiB of memory; the limit is 40."),
+        (png(800, 800), {"output_format": "png"}, None, ""),
     ]
     jobs = [submit(client, upload(client, data), **options) for data, options, _, _ in cases]
-    bounded = settings.model_copy(update={"max_input_side": 300, "max_memory_bytes": 1 << 20})
-    with open_worker(bounded, Lanczos()) as worker:
+    bounded = settings.model_copy(update={"max_input_side": 1600, "max_memory_bytes": 40 << 20})
+    with open_worker(bounded, Engines(Lanczos())) as worker:
         assert worker.work() == 4
     for job_id, (_, _, code, sentence) in zip(jobs, cases, strict=True):
         job = client.get(f"/v2/jobs/{job_id}").json()
         assert job.get("errorCode") == code
         assert sentence in (job.get("error") or "")
-
-
-def _nothing(*_: object) -> bytes:
-    return b"not looked at"
 
 
 def test_the_process_that_holds_the_engine_decodes_nothing(
@@ -48,7 +45,6 @@ def test_the_process_that_holds_the_engine_decodes_nothing(
     job_id = submit(client, upload(client, png(4, 4)), scale_factor=2)
     monkeypatch.setattr(decoding, "decode", trap)
     monkeypatch.setattr(Image.Image, "load", trap)
-    with open_worker(settings, Lanczos()) as worker:
-        monkeypatch.setattr("worker.upscale.encoding.encode", _nothing)
+    with open_worker(settings, Engines(Lanczos())) as worker:
         worker.work()
     assert client.get(f"/v2/jobs/{job_id}").json()["status"] == "COMPLETED"

@@ -169,12 +169,16 @@ def test_the_team_s_jobs_are_for_admins(client: TestClient) -> None:
 
 
 def test_models_are_listed_without_a_key_and_carry_their_parameters(anonymous: TestClient) -> None:
-    (model,) = anonymous.get("/v2/models").json()["models"]
-    creativity = model["params"]["properties"]["creativity"]
-    assert model["id"] == "clarity-upscale"
+    clarity, superres = anonymous.get("/v2/models").json()["models"]
+    creativity = clarity["params"]["properties"]["creativity"]
+    assert (clarity["id"], clarity["paramsKey"]) == ("clarity-upscale", "clarityUpscaleParams")
     assert (creativity["default"], creativity["minimum"], creativity["maximum"], creativity["x-step"]) == (
         *(0.35, 0, 1, 0.05),
     )
+    assert (superres["id"], superres["paramsKey"]) == ("superres", "superresParams")
+    assert list(superres["params"]["properties"]) == ["image", "scale_factor", "output_format", "output_quality"]
+    factor = superres["params"]["properties"]["scale_factor"]
+    assert (factor["default"], factor["anyOf"][0]) == (2, {"type": "number", "minimum": 1, "maximum": 8})
     assert anonymous.get("/v2/models", params={"modality": "video"}).json()["models"] == []
 
 

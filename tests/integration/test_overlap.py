@@ -1,9 +1,11 @@
 """Jobs in a row on one worker: the last one is written and the next one read while the engine works."""
 
+import hashlib
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 from uuid import UUID
 
@@ -16,17 +18,19 @@ from core.errors import DatabaseUnavailable, InputNotImage
 from core.options import UpscaleOptions
 from core.settings import Settings
 from db import queue
+from tests.engines import Repeating
 from tests.requests import png, submit, upload
 from worker.lease import Watchdog
 from worker.upscale import open_worker
 from worker.upscaler import encoding
 from worker.upscaler.decoder import Decoder
+from worker.upscaler.engines import Engines
 from worker.upscaler.picture import Picture
 
 Sql = Callable[..., list[Any]]
 
 
-class _Scripted:
+class _Scripted(Repeating):
     """Is nearly done as soon as it begins, and then does what the script says for the job of its turn."""
 
     name = "scripted"
@@ -34,16 +38,15 @@ class _Scripted:
     def __init__(self, *script: Callable[[], object]) -> None:
         self._script = iter(script)
 
-    def upscale(
+    def act(
         self,
         picture: Picture,
         options: UpscaleOptions,
         on_progress: Callable[[float], None],
         should_stop: Callable[[], bool],
-    ) -> Picture:
+    ) -> None:
         on_progress(0.9)
         next(self._script)()
-        return picture
 
 
 def _within(seconds: float, holds: Callable[[], bool]) -> bool:
@@ -68,7 +71,7 @@ def _running(sql: Sql) -> int:
 
 
 def _work(settings: Settings, *script: Callable[[], object]) -> int:
-    with open_worker(settings, _Scripted(*script)) as worker:
+    with open_worker(settings, Engines(_Scripted(*script))) as worker:
         return worker.work()
 
 
@@ -114,7 +117,7 @@ def test_beside_a_job_that_was_lost_before_no_other_is_in_the_worker_s_hands_at_
         return looked
 
     monkeypatch.setattr(Decoder, "decode", looking(Decoder.decode))
-    monkeypatch.setattr("worker.upscale.encoding.encode", looking(encoding.encode))
+    monkeypatch.setattr("worker.upscale.hashlib.file_digest", looking(hashlib.file_digest))
     assert _work(settings, look, look, look) == 3
     assert crowds == [False] * 9
     assert sql("SELECT DISTINCT status FROM jobs") == [("COMPLETED",)]
@@ -142,7 +145,7 @@ def test_a_claim_ahead_whose_answer_is_lost_costs_the_running_job_nothing_and_th
 
     monkeypatch.setattr(queue, "claim", answer_lost)
     hasty = settings.model_copy(update={"lease_seconds": 2})
-    with open_worker(hasty, _Scripted(outlast_the_lease)) as worker, pytest.raises(DatabaseUnavailable):
+    with open_worker(hasty, Engines(_Scripted(outlast_the_lease))) as worker, pytest.raises(DatabaseUnavailable):
         worker.work()
     assert seen == [True, True]
     assert client.get(f"/v2/jobs/{running}").json()["status"] == "COMPLETED"
@@ -162,7 +165,7 @@ def test_an_end_that_cannot_be_written_for_a_bug_leaves_its_job_to_others_and_le
 
     monkeypatch.setattr("worker.endings.jobs.fail", explode)
     hasty = settings.model_copy(update={"lease_seconds": 1})
-    with open_worker(hasty, _Scripted(fail, _nothing)) as worker:
+    with open_worker(hasty, Engines(_Scripted(fail, _nothing))) as worker:
         assert worker.work() == 2
         assert client.get(f"/v2/jobs/{other}").json()["status"] == "COMPLETED"
         gone = "SELECT beat_at < now() - interval '0.5 s' FROM workers JOIN jobs ON worker_id = workers.id"
@@ -188,7 +191,7 @@ def test_a_job_that_was_read_ahead_of_an_engine_that_ends_its_thread_falls_to_ot
 
     monkeypatch.setattr(queue, "claim", claim_late)
     hasty = settings.model_copy(update={"lease_seconds": 1})
-    with open_worker(hasty, _Scripted(end)) as worker:
+    with open_worker(hasty, Engines(_Scripted(end))) as worker:
         with pytest.raises(SystemExit):
             worker.work()
         assert _running(sql) == 2
@@ -202,9 +205,13 @@ def test_a_finished_picture_is_let_go_when_it_is_written(
     first, _ = _submit_jobs(client, 2)
     encode, made = encoding.encode, list[weakref.ref[Any]]()
 
-    def remember(picture: Picture, *arguments: Any) -> bytes:
-        made.append(weakref.ref(picture.rgb))
-        return encode(picture, *arguments)
+    def remembered(strips: Iterator[Picture]) -> Iterator[Picture]:
+        for strip in strips:
+            made.append(weakref.ref(strip.rgb))
+            yield strip
+
+    def remember(strips: Iterator[Picture], *arguments: Any) -> Future[None]:
+        return encode(remembered(strips), *arguments)
 
     def wait() -> None:
         assert _within(5, lambda: client.get(f"/v2/jobs/{first}").json()["status"] == "COMPLETED")
@@ -227,7 +234,7 @@ def test_a_worker_that_is_to_end_begins_nothing_that_it_has_read_ahead(
         if then == "FAILED":
             raise InputNotImage("It is no picture.")
 
-    with open_worker(settings, _Scripted(drain)) as worker:
+    with open_worker(settings, Engines(_Scripted(drain))) as worker:
         assert worker.work() == 2
     rows = {row["id"]: (row["status"], row["strikes"]) for row in sql("SELECT id, status, strikes FROM jobs")}
     assert rows == {running: (then, 0), ahead: ("QUEUED", 0)}

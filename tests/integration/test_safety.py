@@ -11,7 +11,8 @@ from core.options import SafetyCheck
 from core.settings import Settings
 from tests.requests import png, submit, upload
 from worker.upscale import open_worker
-from worker.upscaler import engines
+from worker.upscaler.engines import Engines
+from worker.upscaler.engines.lanczos import Lanczos
 from worker.upscaler.picture import Levels
 
 Sql = Callable[..., list[Any]]
@@ -36,7 +37,7 @@ def _end(
     job_id = submit(client, upload(client, png(4, 3)))
     # No dialect on the wire can ask for it yet.
     sql("UPDATE jobs SET options = jsonb_set(options, '{safety_check}', to_jsonb($1::text))", check.value)
-    with open_worker(settings, engines.load("lanczos"), classifier) as worker:
+    with open_worker(settings, Engines(Lanczos()), classifier) as worker:
         assert worker.work() == 1
     return client.get(f"/v2/jobs/{job_id}").json()
 

@@ -28,7 +28,8 @@ from tests.apis import open_apis
 from tests.databases import Clones, PostgresServer, execute
 from tests.population import AnyCase, Population, populate
 from worker.upscale import open_worker
-from worker.upscaler import engines
+from worker.upscaler.engines import Engines
+from worker.upscaler.engines.lanczos import Lanczos
 
 EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "40"))
 SEED = int(os.environ.get("SCHEMA_SEED", "1"))
@@ -91,7 +92,7 @@ async def _hold_briefly(watch: Any, request: Any, job_id: UUID, seconds: float, 
 
 
 def _work(settings: Settings) -> None:
-    with open_worker(settings, engines.load("lanczos")) as worker:
+    with open_worker(settings, Engines(Lanczos())) as worker:
         worker.work()
 
 

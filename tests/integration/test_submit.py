@@ -25,6 +25,7 @@ def test_a_submitted_job_is_queued_and_says_where_to_poll(client: TestClient, sq
 
 
 _NOT_ON_THE_PAGE = {
+    "engine": None,
     "sampler": "dpmpp_3m_sde",
     "spacing": "karras",
     "pass_decay": 0.8,
@@ -167,7 +168,7 @@ def test_a_wrong_parameter_is_refused_by_its_name(
 @pytest.mark.parametrize(
     ("change", "field", "complaint"),
     [
-        ({"model": "esrgan"}, "model", "Input should be 'clarity-upscale'"),
+        ({"model": "esrgan"}, "model", "Input should be 'clarity-upscale' or 'superres'"),
         ({"webhook": "https://example.com"}, "webhook", "unknown field"),
         ({"webhookUrl": "example.com/hook"}, "webhookUrl", "must begin with http:// or https://"),
         ({"webhook_url": "file:///etc/passwd"}, "webhook_url", "must begin with http:// or https://"),

@@ -26,7 +26,8 @@ from tests.web import Reply, Web
 from tests.webhooks import deliver
 from worker import puts
 from worker.upscale import Worker, open_worker
-from worker.upscaler import engines
+from worker.upscaler.engines import Engines
+from worker.upscaler.engines.lanczos import Lanczos
 
 Sql = Callable[..., list[Any]]
 
@@ -64,7 +65,7 @@ def _within(seconds: float, holds: Callable[[], object]) -> bool:
 
 @contextmanager
 def _working(settings: Settings) -> Generator[Worker]:
-    with open_worker(settings, engines.load("lanczos")) as worker:
+    with open_worker(settings, Engines(Lanczos())) as worker:
         yield worker
 
 

@@ -3,10 +3,12 @@
 import hashlib
 import io
 import struct
+import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -15,17 +17,19 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from core.errors import DatabaseUnavailable, Stopped
+from core.errors import DatabaseUnavailable, DeploymentError, Stopped
 from core.options import UpscaleOptions
 from core.queue import POOL
 from core.settings import Settings
 from db import queue
 from tests.broker import connect_redis
+from tests.engines import Repeating
 from tests.requests import body_of, encoded, png, submit, upload
 from tests.web import Web
-from worker import endings, upscale
+from worker import endings, reports
 from worker.upscale import open_worker
-from worker.upscaler import engines
+from worker.upscaler.engines import Engines
+from worker.upscaler.engines.lanczos import Lanczos
 from worker.upscaler.picture import Picture
 
 Sql = Callable[..., list[Any]]
@@ -196,7 +200,7 @@ def test_a_result_may_be_an_input_although_no_upload_may_be_as_large(
     first = submit(client, upload(client, png(4, 3)))
     work()
     second = submit(client, _finished(client, first)["result"]["images"][0])
-    with open_worker(settings.model_copy(update={"max_input_bytes": 10}), engines.load("lanczos")) as worker:
+    with open_worker(settings.model_copy(update={"max_input_bytes": 10}), Engines(Lanczos())) as worker:
         worker.work()
     assert _finished(client, second)["status"] == "COMPLETED"
 
@@ -209,32 +213,31 @@ def test_an_upload_that_has_vanished_fails_its_job(client: TestClient, work: Wor
     assert _failure(client, job_id) == ("FAILED", "input_fetch_failed", "The uploaded image is gone.")
 
 
-class _Engine:
+class _Engine(Repeating):
     """An engine that a test steers."""
 
     name = "steered"
 
     def __init__(self, act: Callable[[Callable[[], bool]], object]) -> None:
-        self._act = act
+        self._steered = act
         self.options: list[UpscaleOptions] = []
 
-    def upscale(
+    def act(
         self,
         picture: Picture,
         options: UpscaleOptions,
         on_progress: Callable[[float], None],
         should_stop: Callable[[], bool],
-    ) -> Picture:
+    ) -> None:
         self.options.append(options)
         on_progress(0.5)
-        self._act(should_stop)
-        return picture
+        self._steered(should_stop)
 
 
 def _run(settings: Settings, act: Callable[[Callable[[], bool]], object]) -> list[UpscaleOptions]:
     """Run what is queued; return what the engine was told, each time."""
     engine = _Engine(act)
-    with open_worker(settings, engine) as worker:
+    with open_worker(settings, Engines(engine)) as worker:
         assert worker.work()
     return engine.options
 
@@ -384,7 +387,7 @@ def test_a_drain_without_time_hands_the_job_back_without_a_strike(
         worker.drain()
         _obey(should_stop)
 
-    with open_worker(settings.model_copy(update={"drain_seconds": 0.0}), _Engine(drain_and_obey)) as worker:
+    with open_worker(settings.model_copy(update={"drain_seconds": 0.0}), Engines(_Engine(drain_and_obey))) as worker:
         assert worker.work()
     assert sql("SELECT status, attempt, strikes, due_at <= now() FROM jobs") == [("QUEUED", 1, 0, True)]
     with connect_redis(settings.redis_url) as broker:
@@ -398,7 +401,7 @@ def test_a_drain_with_time_lets_the_job_finish(client: TestClient, settings: Set
         worker.drain()
         assert not should_stop()
 
-    with open_worker(settings, _Engine(work_on)) as worker:
+    with open_worker(settings, Engines(_Engine(work_on))) as worker:
         assert worker.work()
     assert _finished(client, job_id)["status"] == "COMPLETED"
 
@@ -421,7 +424,7 @@ def test_a_worker_that_ends_after_a_claim_whose_answer_was_lost_leaves_the_regis
         raise DatabaseUnavailable("The answer is lost.")
 
     monkeypatch.setattr(queue, "claim", answer_lost)
-    with open_worker(settings, _Engine(lambda _: None)) as worker, pytest.raises(DatabaseUnavailable):
+    with open_worker(settings, Engines(_Engine(lambda _: None))) as worker, pytest.raises(DatabaseUnavailable):
         worker.work()
     assert sql("SELECT status, (SELECT count(*) FROM workers) FROM jobs") == [("PROCESSING", 0)]
 
@@ -436,7 +439,7 @@ def test_a_bug_in_what_runs_beside_the_jobs_costs_no_job(
     monkeypatch.setattr("worker.lease.workers.beat", explode)
     monkeypatch.setattr("core.notices.announce", explode)
     hasty = settings.model_copy(update={"lease_seconds": 0.3})
-    with open_worker(hasty, _Engine(lambda _: time.sleep(0.2))) as worker:
+    with open_worker(hasty, Engines(_Engine(lambda _: time.sleep(0.2)))) as worker:
         assert worker.work() == 2
     assert [_finished(client, job_id)["status"] for job_id in job_ids] == ["COMPLETED", "COMPLETED"]
 
@@ -451,7 +454,7 @@ def _wait_for(holds: Callable[[], bool]) -> None:
 def test_progress_is_shown_while_the_job_runs(
     client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upscale, "PROGRESS_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(reports, "PROGRESS_INTERVAL_SECONDS", 0.0)
     job_id = submit(client, upload(client, png(2, 2)))
     shown: list[int] = []
 
@@ -470,3 +473,76 @@ def test_results_lie_under_their_attempt(client: TestClient, work: Work, setting
     job_id = submit(client, upload(client, png(2, 2)))
     work()
     assert Path(settings.storage_dir, "results", str(job_id), "1.png").exists()
+
+
+def _open_drafts() -> list[str]:
+    """Return the temporary files without names that this process has open."""
+    names: list[str] = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            names.append(str(descriptor.readlink()))
+    return [name for name in names if name.startswith(f"{tempfile.gettempdir()}/") and name.endswith("(deleted)")]
+
+
+def test_whatever_becomes_of_a_job_the_file_that_held_its_picture_is_gone(
+    client: TestClient, settings: Settings, sql: Sql, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(endings, "FINISH_PATIENCE_SECONDS", 0.0)
+    seen: list[int] = []
+
+    def complete(_: object) -> None:
+        pass
+
+    def fail(_: object) -> None:
+        raise ZeroDivisionError("an internal detail")
+
+    def lose(_: object) -> None:
+        sql("UPDATE jobs SET attempt = attempt + 1")
+
+    def take_storage_away(_: object) -> None:
+        (settings.storage_dir / "results").rename(settings.storage_dir / "away")
+        (settings.storage_dir / "results").write_bytes(b"no folder")
+
+    for ending in (complete, fail, lose, take_storage_away):
+
+        def look(should_stop: Callable[[], bool], end: Callable[[object], object] = ending) -> None:
+            seen.append(len(_open_drafts()))
+            end(should_stop)
+
+        submit(client, upload(client, png(2, 2)))
+        with open_worker(settings, Engines(_Engine(look))) as worker:
+            assert worker.work()
+            assert _open_drafts() == []
+    assert seen == [1] * 4
+
+
+def test_a_job_may_ask_for_an_engine_by_its_name_and_its_result_tells_which_it_was(
+    client: TestClient, work: Work, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def load(name: str, _: object) -> _Engine:
+        asked.append(name)
+        return _Engine(lambda _: None)
+
+    monkeypatch.setattr("worker.upscaler.engines.load", load)
+    jobs = [submit(client, upload(client, png(2, 2))) for _ in range(3)]
+    sql("UPDATE jobs SET options = jsonb_set(options, '{engine}', '\"superres\"') WHERE id <> $1", jobs[1])
+    assert work() == 3
+    assert [_finished(client, job)["result"]["engine"] for job in jobs] == ["steered", "lanczos", "steered"]
+    assert asked == ["superres"]
+
+
+def test_an_engine_that_is_asked_for_and_cannot_run_fails_its_job_by_that_name_and_no_other(
+    client: TestClient, work: Work, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise DeploymentError("Its weights are missing.")
+
+    monkeypatch.setattr("worker.upscaler.engines.load", refuse)
+    asking, other = (submit(client, upload(client, png(2, 2))) for _ in range(2))
+    sql("UPDATE jobs SET options = jsonb_set(options, '{engine}', '\"superres\"') WHERE id = $1", asking)
+    assert work() == 2
+    assert _failure(client, asking) == ("FAILED", "deployment", "Its weights are missing.")
+    assert _finished(client, other)["status"] == "COMPLETED"

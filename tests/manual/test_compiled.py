@@ -19,5 +19,7 @@ def test_compiled_networks_give_the_same_picture(tmp_path: Path) -> None:
     picture = Picture(np.random.default_rng(0).integers(0, 256, (60, 76, 3), np.uint8))
     for changed in ({}, {"guidance_scale": 1.0}, {"control_scale": 0.0}, {"scale_factor": 4.0}):
         options = UpscaleOptions(steps=6, tile_width=16, tile_height=16).model_copy(update=changed)
-        pictures = [engine.upscale(picture, options, lambda _: None, lambda: False) for engine in (plain, compiled)]
+        pictures = [
+            next(engine.upscale(picture, options, lambda _: None, lambda: False)) for engine in (plain, compiled)
+        ]
         assert np.abs(pictures[0].rgb.astype(int) - pictures[1].rgb).max() <= 2

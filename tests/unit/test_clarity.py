@@ -11,7 +11,7 @@ from PIL import Image
 
 from core.options import ColourFix, Sampler
 from tests.clarity import QUICK, counted, difference, photo, upscale
-from worker.upscaler import resampling
+from worker.upscaler import checkpoints, resampling, superres
 from worker.upscaler.decoding import Limits, decode
 from worker.upscaler.engines.clarity import Clarity
 from worker.upscaler.plan import Size, output_size
@@ -90,12 +90,14 @@ def test_alpha_is_enlarged_apart_and_has_no_say_in_the_colours(engine: Clarity) 
 # What the options mean ------------------------------------------------------------------------------------------------
 
 
-def test_at_strength_0_nothing_is_invented_and_no_network_asked(engine: Clarity) -> None:
+def test_at_strength_0_the_picture_is_only_enlarged_by_our_own_network(engine: Clarity) -> None:
     picture = photo(24, 20)
     with counted(engine.parts.unet) as asked:
         upscaled = upscale(engine, picture, strength=0)
     assert asked == []
-    assert np.array_equal(upscaled.rgb, resampling.resample(picture, Size(width=48, height=40), lambda: None).rgb)
+    networks = checkpoints.load_own("restore", engine.parts.device)
+    enlarged = superres.enlarge(picture.rgb, Size(width=48, height=40), networks, lambda: None)
+    assert np.array_equal(upscaled.rgb, enlarged)
 
 
 def test_more_strength_moves_farther_away(engine: Clarity) -> None:

@@ -1,22 +1,26 @@
 """What a deployment decides about the Clarity engine."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from core.errors import DeploymentError
 from core.options import ColourFix
 from tests.clarity import QUICK, counted, difference, load, photo, upscale
+from tests.networks import compact
 from worker.upscaler import engines
 from worker.upscaler.engines import Config, clarity
 from worker.upscaler.engines.clarity import Clarity
 from worker.upscaler.picture import Levels, Picture
-from worker.upscaler.superres import Network
+from worker.upscaler.plan import Size, Span
+from worker.upscaler.strips import Rows
 
 
 def test_the_compat_preset_takes_the_original_s_numbers(models: Path, engine: Clarity) -> None:
@@ -34,17 +38,22 @@ class _Doubling:
 
     scale = 2
 
-    def enlarge(self, rgb: Levels, check: Callable[[], None]) -> Levels:
+    def enlarge(
+        self, rows: Rows, check: Callable[[], None], on_progress: Callable[[float], None], *, small: bool = False
+    ) -> Iterator[Levels]:
         check()
-        return rgb.repeat(2, axis=0).repeat(2, axis=1)
+        yield rows.read(Span(0, rows.size.height)).repeat(2, axis=0).repeat(2, axis=1)
+
+    def peak_bytes(self, width: int, *, small: bool = False) -> int:
+        return 0
 
 
 def test_the_hint_is_the_input_of_the_pass_or_by_setting_the_enlarged_picture(models: Path) -> None:
     by_hint: dict[str, Picture] = {}
     for hint in ("input", "preupscaled"):
         parts = load(models).parts
-        network = cast("Network", _Doubling())
-        by_hint[hint] = upscale(Clarity(parts, network, Config(models_dir=models, clarity_hint=hint)), photo(24, 24))
+        engine = Clarity(parts, [_Doubling()], Config(models_dir=models, clarity_hint=hint))
+        by_hint[hint] = upscale(engine, photo(24, 24))
     assert difference(by_hint["input"], by_hint["preupscaled"]).max() > 0
 
 
@@ -79,6 +88,20 @@ def test_a_pre_upscaler_that_is_not_there_is_refused_by_the_name_of_its_setting(
         load(models, superres_weights="gone.safetensors")
 
 
+def test_a_pre_upscaler_that_is_installed_takes_the_place_of_our_own(models: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(models, tmp_path / "models")
+    (folder / "preupscaler").mkdir()
+    save_file(compact(2), folder / "preupscaler" / "network.safetensors")
+    picture = photo(20, 16)
+    upscaled = upscale(load(folder), picture, strength=0)
+    assert np.array_equal(upscaled.rgb, picture.rgb.repeat(2, axis=0).repeat(2, axis=1))
+
+
+def test_memory_is_counted_by_the_input_and_the_output(engine: Clarity) -> None:
+    needed = engine.peak_bytes(Size(width=1000, height=500), QUICK.model_copy(update={"scale_factor": 3}), alpha=True)
+    assert needed == 1000 * 500 * (4 + 9 * 16)
+
+
 def test_on_request_each_block_of_both_networks_is_compiled_and_else_none(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +114,7 @@ def test_on_request_each_block_of_both_networks_is_compiled_and_else_none(
     monkeypatch.setattr(nn.Module, "compile", note)
     parts = load(models).parts
     assert compiled == []
-    Clarity(parts, None, Config(models_dir=models, clarity_compile=True))
+    Clarity(parts, (), Config(models_dir=models, clarity_compile=True))
     blocks = {"BasicTransformerBlock": 16 + 7, "ResnetBlock2D": 22 + 10}
     assert {name: compiled.count(name) for name in set(compiled)} == blocks
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import pydantic
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from core.dialects import REFUSALS, TABLE, Dialect, Parameter, Refusal, known, parameter, translate
 from core.errors import ValidationError
-from core.options import ColourFix, OutputFormat, SafetyCheck, Sampler, Spacing, UpscaleOptions
+from core.options import ColourFix, EngineName, OutputFormat, SafetyCheck, Sampler, Spacing, UpscaleOptions
 
 SEED = 77
 ROWS = [(dialect, row) for dialect in Dialect for row in TABLE[dialect]]
@@ -63,6 +65,11 @@ def _schema(row: Parameter) -> dict[str, Any]:
         (
             Dialect.RUNWARE,
             UpscaleOptions(strength=0.8, control_scale=1, seed=SEED, output_format=OutputFormat.JPG, output_quality=95),
+        ),
+        (Dialect.APIFRAME_SUPERRES, UpscaleOptions(engine=EngineName.SUPERRES, seed=SEED)),
+        (
+            Dialect.RUNWARE_SUPERRES,
+            UpscaleOptions(engine=EngineName.SUPERRES, seed=SEED, output_format=OutputFormat.JPG),
         ),
         (
             Dialect.REPLICATE,
@@ -179,6 +186,32 @@ def test_the_examples_of_runware_s_guide_are_read_as_they_say() -> None:
     assert translate(Dialect.RUNWARE, plain, SEED) == translate(Dialect.RUNWARE, {}, SEED)
 
 
+def test_what_runware_s_clients_send_by_themselves_is_no_setting() -> None:
+    params: dict[str, Any] = {
+        "taskType": "imageUpscale",
+        "taskUUID": "56d588b2-5af9-4d0d-80c3-c5c213597be6",
+        "deliveryMethod": "sync",
+        "upscaleFactor": 4,
+        "inputImage": "989ba605-1449-4e1e-b462-cd83ec9c1a67",
+        "model": "runware:503@1",
+        "settings": {},
+        "outputType": "URL",
+        "outputFormat": "PNG",
+        "includeCost": True,
+    }
+    assert translate(Dialect.RUNWARE_SUPERRES, params, SEED) == UpscaleOptions(
+        engine=EngineName.SUPERRES, scale_factor=4, seed=SEED
+    )
+
+
+def test_every_setting_of_clarity_is_known_to_runware_s_other_model_and_refused_by_name() -> None:
+    example = {"settings": {"positivePrompt": "fur", "strength": 0.34, "steps": 24, "CFGScale": 5.5, "seed": 36939}}
+    assert known(Dialect.RUNWARE_SUPERRES) == known(Dialect.RUNWARE)
+    complaints = _complaints(Dialect.RUNWARE_SUPERRES, example)
+    assert set(complaints) == {f"settings.{name}" for name in example["settings"]}
+    assert all(sentence.startswith("belongs to other models") for (sentence,) in complaints.values())
+
+
 def test_replicate_s_own_defaults_written_out_change_nothing() -> None:
     params = {
         "seed": 1337,
@@ -213,6 +246,8 @@ def test_replicate_s_own_defaults_written_out_change_nothing() -> None:
         (Dialect.APIFRAME, "scale_factor", "8", {"scale_factor": 8}),
         (Dialect.APIFRAME, "scale_factor", 4.0, {"scale_factor": 4}),
         (Dialect.APIFRAME, "output_format", "webp", {"output_format": OutputFormat.WEBP}),
+        (Dialect.APIFRAME_SUPERRES, "scale_factor", "3", {"scale_factor": 3}),
+        (Dialect.APIFRAME_SUPERRES, "scale_factor", 2.5, {"scale_factor": 2.5}),
         (Dialect.FAL, "upscale_factor", 1.5, {"scale_factor": 1.5}),
         (Dialect.FAL, "seed", 5, {"seed": 5}),
         (Dialect.FAL, "prompt", "", {"prompt": ""}),
@@ -235,6 +270,9 @@ def test_replicate_s_own_defaults_written_out_change_nothing() -> None:
             "DPM++ Uniform Beta",
             {"sampler": Sampler.DPMPP_2M, "spacing": Spacing.BETA},
         ),
+        (Dialect.RUNWARE_SUPERRES, "upscaleFactor", 3.0, {"scale_factor": 3}),
+        (Dialect.RUNWARE_SUPERRES, "outputFormat", "webp", {"output_format": OutputFormat.WEBP}),
+        (Dialect.RUNWARE_SUPERRES, "checkNSFW", True, {"safety_check": SafetyCheck.REQUIRED}),
         (Dialect.REPLICATE, "scheduler", "DPM2 a Karras", {"sampler": Sampler.DPM2_ANCESTRAL}),
         (Dialect.REPLICATE, "tiling_width", 64, {"tile_width": 64}),
         (Dialect.REPLICATE, "tiling_height", 256, {"tile_height": 256}),
@@ -265,7 +303,7 @@ def test_a_value_of_another_type_is_refused_by_name_in_one_sentence(dialect: Dia
     if row.kind is int:
         wrong += [2.5, 18.0]
     if "enum" in (schema := _schema(row)) or "anyOf" in schema:
-        wrong += ["gif", 5, "02", "\N{ARABIC-INDIC DIGIT TWO}"]
+        wrong += ["gif", 5 if row.low is None else "9", "02", "\N{ARABIC-INDIC DIGIT TWO}"]
     if schema.get("type") == "boolean":
         wrong += [1, "true"]
     if row.name.endswith("rompt"):
@@ -277,11 +315,16 @@ def test_a_value_of_another_type_is_refused_by_name_in_one_sentence(dialect: Dia
 
 
 @pytest.mark.parametrize(
-    ("dialect", "name"), [(Dialect.APIFRAME, "scale_factor"), (Dialect.RUNWARE, "upscaleFactor")], ids=_id
+    ("dialect", "name"),
+    [
+        *((dialect, "scale_factor") for dialect in (Dialect.APIFRAME, Dialect.APIFRAME_SUPERRES)),
+        *((dialect, "upscaleFactor") for dialect in (Dialect.RUNWARE, Dialect.RUNWARE_SUPERRES)),
+    ],
+    ids=_id,
 )
 def test_only_apiframe_writes_factors_as_strings_and_nobody_as_booleans(dialect: Dialect, name: str) -> None:
     assert list(_complaints(dialect, {name: True})) == [name]
-    if dialect is Dialect.RUNWARE:
+    if name == "upscaleFactor":
         assert _complaints(dialect, {name: "2"}) == {name: ["Input should be 2, 3 or 4"]}
 
 
@@ -342,6 +385,19 @@ def test_names_and_fields_are_unambiguous() -> None:
         fields = [row.field] if isinstance(row.field, str) else row.field
         assert set(fields) <= set(UpscaleOptions.model_fields)
     assert parameter(Dialect.FAL, "guidance_scale").high == 20
+
+
+@given(st.floats(1, 8) | st.integers(1, 8) | st.sampled_from("12345678"))
+def test_superres_takes_every_factor_in_its_range(factor: float | str) -> None:
+    options = translate(Dialect.APIFRAME_SUPERRES, {"scale_factor": factor}, SEED)
+    assert options == UpscaleOptions(engine=EngineName.SUPERRES, scale_factor=float(factor), seed=SEED)
+
+
+@given(st.floats(1, 8), st.floats(1, 8))
+def test_what_superres_makes_larger_costs_no_less_and_far_less_than_diffusion(one: float, other: float) -> None:
+    small, large = (UpscaleOptions(engine=EngineName.SUPERRES, scale_factor=factor) for factor in sorted((one, other)))
+    assert 0.1 <= small.cost <= large.cost <= 1.6
+    assert small.cost <= UpscaleOptions(scale_factor=small.scale_factor).cost
 
 
 def test_the_page_of_parameters_is_true() -> None:

@@ -3,7 +3,7 @@
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from core.errors import DeploymentError
-from core.options import UpscaleOptions
+from core.options import EngineName, UpscaleOptions
 from worker.upscaler import engines
 from worker.upscaler.engine import Engine
 from worker.upscaler.engines import Config
 from worker.upscaler.picture import Picture
+from worker.upscaler.plan import Size
 
 
 class Mirror:
@@ -29,11 +30,14 @@ class Mirror:
         options: UpscaleOptions,
         on_progress: Callable[[float], None],
         should_stop: Callable[[], bool],
-    ) -> Picture:
+    ) -> Iterator[Picture]:
         assert options
         assert not should_stop()
         on_progress(1.0)
-        return Picture(np.ascontiguousarray(picture.rgb[:, ::-1]), picture.alpha)
+        yield Picture(np.ascontiguousarray(picture.rgb[:, ::-1]), picture.alpha)
+
+    def peak_bytes(self, size: Size, options: UpscaleOptions, *, alpha: bool) -> int:
+        return size.width * size.height * 6
 
 
 class Demanding(Mirror):
@@ -59,13 +63,20 @@ def test_lanczos_is_loaded_by_its_name_and_without_a_word(caplog: pytest.LogCapt
     assert not caplog.records
 
 
-def test_auto_falls_back_to_lanczos_with_one_warning_that_says_how_to_get_more(
+def test_superres_is_loaded_by_its_name_and_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    engine = engines.load("superres", Config(device="cpu"))
+    assert isinstance(engine, Engine)
+    assert engine.name == "superres"
+    assert not caplog.records
+
+
+def test_auto_falls_back_to_superres_with_one_warning_that_says_how_to_get_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert engines.load("auto", Config(models_dir=tmp_path)).name == "lanczos"
+    assert engines.load("auto", Config(models_dir=tmp_path, device="cpu")).name == "superres"
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "lanczos" in record.message
+    assert "superres is used" in record.message
     assert "`upscaled models pull`" in record.message
 
 
@@ -90,15 +101,33 @@ except DeploymentError:
     assert done.stdout == "refused\n"
 
 
+def test_superres_without_torch_is_refused_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "worker.upscaler.engines.superres", raising=False)
+    monkeypatch.delattr(engines, "superres", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(DeploymentError, match=r"^superres needs what upscaled\[worker\] installs: .*torch"):
+        engines.load("superres")
+
+
+def test_a_job_gets_the_deployment_s_engine_or_the_one_it_names_which_is_made_once() -> None:
+    own = engines.load("lanczos")
+    chosen = engines.Engines(own, Config(device="cpu"))
+    assert chosen.choose(UpscaleOptions()) is own
+    named = chosen.choose(UpscaleOptions(engine=EngineName.SUPERRES))
+    assert named.name == "superres"
+    assert chosen.choose(UpscaleOptions(engine=EngineName.SUPERRES)) is named
+    assert engines.Engines(named).choose(UpscaleOptions(engine=EngineName.SUPERRES)) is named
+
+
 def test_an_unknown_choice_is_refused_with_the_choices() -> None:
-    with pytest.raises(DeploymentError, match=r"'magic'.* auto, lanczos, clarity and package\.module:Class"):
+    with pytest.raises(DeploymentError, match=r"'magic'.* auto, superres, lanczos, clarity and package\.module:Class"):
         engines.load("magic")
 
 
 def test_a_class_from_elsewhere_is_imported_and_made() -> None:
     engine = engines.load("elsewhere:Mirror")
     picture = Picture(np.arange(6, dtype=np.uint8).reshape(1, 2, 3))
-    mirrored = engine.upscale(picture, UpscaleOptions(), lambda _: None, lambda: False)
+    (mirrored,) = engine.upscale(picture, UpscaleOptions(), lambda _: None, lambda: False)
     assert mirrored.rgb.tolist() == [[[3, 4, 5], [0, 1, 2]]]
 
 

@@ -1,6 +1,7 @@
 """No URL that a caller can write leads to the machine itself or the network behind it: not one connection is made."""
 
 import asyncio
+import io
 import ipaddress
 import logging
 import socket
@@ -87,7 +88,7 @@ Send = Callable[[Outbound, str], Awaitable[object]]
 SENDS: dict[str, Send] = {
     "fetch": lambda outbound, url: outbound.fetch(url, 1000, 2),
     "post": lambda outbound, url: outbound.post(url, b"{}", {}, 2),
-    "put": lambda outbound, url: outbound.put(url, b"data", "image/png", 2),
+    "put": lambda outbound, url: outbound.put(url, io.BytesIO(b"data"), "image/png", 2),
 }
 
 

@@ -1,4 +1,4 @@
-"""Files to pictures and back."""
+"""Files to pictures."""
 
 import logging
 import resource
@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, WebPImagePlugin
 
-from core.errors import InputNotImage, InputTooLarge, OutOfMemory, OutputTooLarge
-from core.options import OutputFormat
+from core.errors import InputNotImage, InputTooLarge, OutOfMemory
 from worker.upscaler.decoding import Limits, decode
-from worker.upscaler.encoding import encode
 from worker.upscaler.light import to_levels, to_linear
-from worker.upscaler.picture import Levels, Picture
+from worker.upscaler.picture import Levels
 
 LIMIT = Limits(pixels=1_000_000)
 FORMATS: list[tuple[str, dict[str, Any]]] = [("PNG", {}), ("JPEG", {"quality": 95}), ("WEBP", {"lossless": True})]
@@ -227,9 +225,6 @@ def test_a_picture_that_memory_cannot_hold_is_out_of_memory(monkeypatch: pytest.
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", full)
     with pytest.raises(OutOfMemory):
         decode(data, LIMIT)
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OutOfMemory):
-        encode(Picture(_pixels(2, 2, 3)), OutputFormat.PNG, 90)
 
 
 # What is read ---------------------------------------------------------------------------------------------------------
@@ -448,68 +443,3 @@ def test_a_profile_that_is_broken_or_does_not_fit_is_ignored_with_a_warning(
     picture = decode(_file(_pixels(4, 4, 3), icc_profile=profile), LIMIT)
     assert np.array_equal(picture.rgb, _pixels(4, 4, 3))
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-
-
-# What is written ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("output_format", OutputFormat)
-@pytest.mark.parametrize("with_alpha", [False, True])
-def test_every_format_is_written_and_read_again(output_format: OutputFormat, *, with_alpha: bool) -> None:
-    for size in ((1, 1), (30, 40)):
-        rgb, alpha = np.full((*size, 3), (200, 100, 50), np.uint8), np.full(size, 255, np.uint8)
-        data = encode(Picture(rgb, alpha if with_alpha else None), output_format, 95)
-        assert Image.open(BytesIO(data)).get_format_mimetype() == output_format.content_type
-        assert _furthest(decode(data, LIMIT).rgb, rgb) <= (0 if output_format is OutputFormat.PNG else 3)
-
-
-def test_png_is_lossless_and_webp_keeps_alpha_exactly() -> None:
-    rgba = _pixels(30, 40, 4)
-    picture = Picture(rgba[..., :3], rgba[..., 3])
-    again = decode(encode(picture, OutputFormat.PNG, 1), LIMIT)
-    assert np.array_equal(again.rgb, picture.rgb)
-    assert np.array_equal(np.asarray(again.alpha), rgba[..., 3])
-    assert np.array_equal(np.asarray(decode(encode(picture, OutputFormat.WEBP, 50), LIMIT).alpha), rgba[..., 3])
-
-
-def test_jpeg_shows_transparency_on_white_in_linear_light() -> None:
-    alpha = np.zeros((200, 16), np.uint8)
-    alpha[100:], alpha[150:] = 128, 255
-    rgb = decode(encode(Picture(np.zeros((200, 16, 3), np.uint8), alpha), OutputFormat.JPG, 100), LIMIT).rgb
-    assert rgb[[50, 120, 180], 8].tolist() == [[255] * 3, [187] * 3, [0] * 3]
-
-
-def test_quality_buys_size_and_from_90_on_full_colour_resolution() -> None:
-    picture = Picture(_pixels(300, 300, 3))
-    for output_format in (OutputFormat.JPG, OutputFormat.WEBP):
-        sizes = [len(encode(picture, output_format, quality)) for quality in (1, 30, 89, 90, 100)]
-        assert sizes == sorted(sizes)
-    for quality, sampling in ((89, 2), (90, 0), (100, 0)):
-        image = Image.open(BytesIO(encode(picture, OutputFormat.JPG, quality)))
-        assert JpegImagePlugin.get_sampling(image) == sampling
-
-
-@pytest.mark.parametrize("output_format", OutputFormat)
-def test_no_metadata_reaches_the_output(output_format: OutputFormat) -> None:
-    exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = "my house"
-    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] = (52.0, 31.0, 0.0)
-    told = _file(_pixels(16, 16, 3), "JPEG", exif=exif, comment=b"my house", icc_profile=_linear_p3())
-    assert b"my house" in told
-    data = encode(decode(told, LIMIT), output_format, 90)
-    image = Image.open(BytesIO(data))
-    assert not dict(image.getexif())
-    assert not {"exif", "icc_profile", "comment", "xmp"} & set(image.info)
-    assert b"my house" not in data
-
-
-def test_a_picture_that_its_format_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OutputTooLarge, match="16384 x 1 pixels; a webp file holds at most 16383"):
-        encode(Picture(np.zeros((1, 16384, 3), np.uint8)), OutputFormat.WEBP, 90)
-
-    def overflow(*_: object, **__: object) -> None:
-        raise ValueError("encoding error 6")
-
-    monkeypatch.setattr(Image.Image, "save", overflow)
-    with pytest.raises(OutputTooLarge, match="A webp file cannot hold so large a picture"):
-        encode(Picture(_pixels(2, 2, 3)), OutputFormat.WEBP, 90)

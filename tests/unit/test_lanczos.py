@@ -14,13 +14,13 @@ from core.options import UpscaleOptions
 from worker.upscaler import resampling
 from worker.upscaler.engines.lanczos import Lanczos
 from worker.upscaler.light import to_levels, to_linear
-from worker.upscaler.picture import Levels, Picture
-from worker.upscaler.plan import output_size
+from worker.upscaler.picture import Levels, Picture, join
+from worker.upscaler.plan import Size, output_size
 
 
 def _upscaled(picture: Picture, factor: float, sharpen: float = 0) -> Picture:
     options = UpscaleOptions(scale_factor=factor, sharpen=sharpen)
-    return Lanczos().upscale(picture, options, lambda _: None, lambda: False)
+    return join(Lanczos().upscale(picture, options, lambda _: None, lambda: False))
 
 
 def _noise(width: int, height: int, *, alpha: bool = False) -> Picture:
@@ -169,25 +169,29 @@ def test_sharpening_keeps_the_hue() -> None:
     assert np.allclose(light[:, 1] / light[:, 2], light[0, 1] / light[0, 2], atol=0.01)
 
 
-@pytest.mark.parametrize(("factor", "sharpen", "alpha"), [(4, 0, False), (3, 10, True)])
-def test_beyond_input_and_output_memory_is_for_one_tile_only(factor: float, sharpen: float, *, alpha: bool) -> None:
-    picture = _noise(700, 700, alpha=alpha)
+@pytest.mark.parametrize(("factor", "sharpen", "alpha"), [(4, 0, False), (4, 10, True)])
+def test_beyond_the_input_memory_is_for_strips_and_a_tile_only_and_is_foretold(
+    factor: float, sharpen: float, *, alpha: bool
+) -> None:
+    picture, options = _noise(700, 700, alpha=alpha), UpscaleOptions(scale_factor=factor, sharpen=sharpen)
     tracemalloc.start()
     try:
-        output = _upscaled(picture, factor, sharpen)
+        for _ in Lanczos().upscale(picture, options, lambda _: None, lambda: False):
+            pass
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    held = output.rgb.nbytes + (0 if output.alpha is None else output.alpha.nbytes)
-    in_floats = 4 * held
-    assert peak - held < 16_000_000 < in_floats
+    size = Size(width=700, height=700)
+    held = 700 * 700 * (4 if alpha else 3)
+    foretold = Lanczos().peak_bytes(size, options, alpha=alpha)
+    assert foretold / 2 < held + peak < foretold < held * factor * factor
 
 
 def test_progress_never_falls_and_ends_at_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resampling, "TILE_PIXELS", 20)
     for factor, tiles in ((1, 1), (2, 12)):
         heard: list[float] = []
-        Lanczos().upscale(_noise(40, 30), UpscaleOptions(scale_factor=factor), heard.append, lambda: False)
+        list(Lanczos().upscale(_noise(40, 30), UpscaleOptions(scale_factor=factor), heard.append, lambda: False))
         assert heard == sorted(heard)
         assert len(heard) == tiles
         assert heard[0] >= 0
@@ -204,7 +208,7 @@ def test_a_stop_ends_the_work_at_the_next_tile(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(resampling, "TILE_PIXELS", 20)
     heard: list[float] = []
     with pytest.raises(Stopped):
-        Lanczos().upscale(_noise(40, 30), UpscaleOptions(scale_factor=2), heard.append, _stop_after(answers))
+        list(Lanczos().upscale(_noise(40, 30), UpscaleOptions(scale_factor=2), heard.append, _stop_after(answers)))
     assert len(heard) == answers
 
 
@@ -212,11 +216,11 @@ def test_one_engine_serves_many_jobs_and_remembers_none() -> None:
     engine, options = Lanczos(), UpscaleOptions(scale_factor=2.5, sharpen=3)
     picture = _noise(30, 20, alpha=True)
     before = picture.rgb.copy()
-    first = engine.upscale(picture, options, lambda _: None, lambda: False)
-    engine.upscale(_noise(31, 77), UpscaleOptions(scale_factor=3), lambda _: None, lambda: False)
+    first = join(engine.upscale(picture, options, lambda _: None, lambda: False))
+    join(engine.upscale(_noise(31, 77), UpscaleOptions(scale_factor=3), lambda _: None, lambda: False))
     with pytest.raises(Stopped):
-        engine.upscale(picture, UpscaleOptions(), lambda _: None, lambda: True)
-    again = engine.upscale(picture, options, lambda _: None, lambda: False)
+        join(engine.upscale(picture, UpscaleOptions(), lambda _: None, lambda: True))
+    again = join(engine.upscale(picture, options, lambda _: None, lambda: False))
     assert np.array_equal(first.rgb, again.rgb)
     assert np.array_equal(picture.rgb, before)
     assert vars(engine) == {}

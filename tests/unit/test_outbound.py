@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import io
 import ipaddress
 import random
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 from contextlib import nullcontext
 from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -243,14 +245,20 @@ async def test_the_time_for_an_image_is_for_all_its_redirects_together(web: Web)
 async def test_a_signed_url_goes_out_as_it_was_written(web: Web, path: str) -> None:
     web.serve(path)
     async with Outbound(LOOPBACK) as outbound:
-        assert (await outbound.put(web.url + path, b"", "image/png", 5)).status == 200
+        assert (await outbound.put(web.url + path, io.BytesIO(b""), "image/png", 5)).status == 200
     assert [seen.path for seen in web.seen] == [path]
 
 
-async def test_a_put_has_no_headers_but_those_of_its_body(web: Web) -> None:
+async def test_a_put_has_no_headers_but_those_of_its_body_and_closes_the_file_that_it_comes_from(
+    web: Web, tmp_path: Path
+) -> None:
     data = bytes(range(256)) * 8192
+    named = tmp_path / "secret.webp"
+    named.write_bytes(data)
+    file = named.open("rb")
     async with Outbound(LOOPBACK) as outbound:
-        await outbound.put(web.serve("/a", status=204), data, "image/webp", 5)
+        await outbound.put(web.serve("/a", status=204), file, "image/webp", 5)
+    assert file.closed
     (seen,) = web.seen
     assert (seen.method, seen.body == data) == ("PUT", True)
     assert seen.headers == {
@@ -266,7 +274,7 @@ async def test_post_and_put_follow_no_redirect(web: Web, status: int) -> None:
     url = web.serve("/a", status=status, Location="/b")
     async with Outbound(LOOPBACK) as outbound:
         assert (await outbound.post(url, b"", {}, 5)).status == status
-        assert (await outbound.put(url, b"", "image/png", 5)).status == status
+        assert (await outbound.put(url, io.BytesIO(b""), "image/png", 5)).status == status
     assert [seen.path for seen in web.seen] == ["/a", "/a"]
 
 
@@ -287,7 +295,8 @@ async def test_what_a_server_says_too_late_is_no_answer(web: Web) -> None:
     waiting = threading.Event()
     web.replies["/a"] = Reply(before=lambda: waiting.wait(3))
     async with Outbound(LOOPBACK) as outbound:
-        for send in (outbound.post(web.url + "/a", b"", {}, 0.2), outbound.put(web.url + "/a", b"", "image/png", 0.2)):
+        put = outbound.put(web.url + "/a", io.BytesIO(b""), "image/png", 0.2)
+        for send in (outbound.post(web.url + "/a", b"", {}, 0.2), put):
             with pytest.raises(NoAnswer, match=r"within 0\.2 seconds"):
                 await send
     waiting.set()

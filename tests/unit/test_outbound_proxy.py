@@ -1,6 +1,7 @@
 """With a forward proxy every request goes through it, and what it is told of us goes no further."""
 
 import asyncio
+import io
 import ipaddress
 import ssl
 from collections.abc import AsyncGenerator
@@ -49,7 +50,7 @@ async def test_a_proxy_that_asks_for_a_password_gets_it_each_time(web: Web) -> N
     async with Outbound(proxy=_proxy(web, "user:p%40ss@")) as outbound:
         await outbound.fetch(f"http://{TARGET}/a", 1000, 5)
         await outbound.post(f"http://{TARGET}/a", b"", {}, 5)
-        await outbound.put(f"http://{TARGET}/a", b"", "image/png", 5)
+        await outbound.put(f"http://{TARGET}/a", io.BytesIO(b""), "image/png", 5)
     assert [seen.headers["Proxy-Authorization"] for seen in web.seen] == ["Basic dXNlcjpwQHNz"] * 3
 
 
@@ -94,7 +95,7 @@ async def test_a_server_whose_certificate_nobody_vouches_for_is_told_nothing(tmp
         with pytest.raises(InputUnreachable):
             await outbound.fetch(f"https://{TARGET}/a.png", 1000, 5)
         with pytest.raises(NoAnswer):
-            await outbound.put(f"https://{TARGET}/a.png", b"secret", "image/png", 5)
+            await outbound.put(f"https://{TARGET}/a.png", io.BytesIO(b"secret"), "image/png", 5)
     assert {head.split()[0] for head in tunnel.heads} == {"CONNECT"}
 
 
@@ -118,7 +119,7 @@ async def test_a_proxy_refuses_a_plain_url_by_407(web: Web) -> None:
 async def test_a_proxy_that_cannot_connect_or_be_reached_is_no_answer() -> None:
     async with _tunnel(502) as tunnel, Outbound(proxy=tunnel.url) as outbound:
         with pytest.raises(NoAnswer, match="No answer: the proxy could not connect"):
-            await outbound.put(f"https://{TARGET}/", b"", "image/png", 5)
+            await outbound.put(f"https://{TARGET}/", io.BytesIO(b""), "image/png", 5)
     async with Outbound(proxy="http://user:secret@127.0.0.1:9") as outbound:
         with pytest.raises(InputUnreachable):
             await outbound.fetch(f"http://{TARGET}/", 1000, 5)

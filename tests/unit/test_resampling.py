@@ -5,9 +5,9 @@ import pytest
 
 from core.errors import OutOfMemory, Stopped
 from worker.upscaler import resampling
-from worker.upscaler.picture import Levels, Picture
+from worker.upscaler.picture import Levels, Picture, join
 from worker.upscaler.plan import Size
-from worker.upscaler.resampling import resample, resample_alpha
+from worker.upscaler.resampling import resample, resample_alpha, resample_alpha_strips, resample_strips
 
 
 def _go_on() -> None:
@@ -22,7 +22,7 @@ def _noise(*shape: int) -> Levels:
 @pytest.mark.parametrize("sharpen", [0, 5])
 def test_each_side_may_grow_by_a_factor_of_its_own(size: Size, sharpen: float) -> None:
     picture = Picture(_noise(7, 9, 3), _noise(7, 9))
-    output = resample(picture, size, _go_on, sharpen=sharpen)
+    output = join(resample_strips(picture, size, _go_on, sharpen=sharpen))
     assert (output.width, output.height) == size
     assert output.alpha is not None
 
@@ -30,7 +30,26 @@ def test_each_side_may_grow_by_a_factor_of_its_own(size: Size, sharpen: float) -
 def test_a_picture_that_keeps_its_size_comes_back_as_it_is_unless_it_is_sharpened() -> None:
     picture = Picture(_noise(7, 9, 3))
     assert resample(picture, Size(width=9, height=7), _go_on) is picture
-    assert not np.array_equal(resample(picture, Size(width=9, height=7), _go_on, sharpen=5).rgb, picture.rgb)
+    (sharpened,) = resample_strips(picture, Size(width=9, height=7), _go_on, sharpen=5)
+    assert not np.array_equal(sharpened.rgb, picture.rgb)
+
+
+def test_strips_are_rows_of_tiles_and_made_as_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resampling, "TILE_PIXELS", 20)
+    picture, size = Picture(_noise(25, 20, 3), _noise(25, 20)), Size(width=40, height=50)
+    calls: list[None] = []
+    strips = resample_strips(picture, size, lambda: calls.append(None))
+    assert len(calls) == 0
+    first = next(strips)
+    assert len(calls) == 2
+    rest = list(strips)
+    assert [(strip.width, strip.height) for strip in (first, *rest)] == [(40, 20), (40, 20), (40, 10)]
+    small = list(resample_strips(picture, size, _go_on, small_tiles=True))
+    assert [strip.height for strip in small] == [10] * 5
+    assert np.array_equal(join(small).rgb, join([first, *rest]).rgb)
+    assert picture.alpha is not None
+    for alpha, strip in zip(resample_alpha_strips(picture.alpha, size, _go_on), [first, *rest], strict=True):
+        assert np.array_equal(alpha, np.asarray(strip.alpha))
 
 
 @pytest.mark.parametrize("size", [Size(width=31, height=42), Size(width=100, height=21), Size(width=300, height=520)])

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from core.errors import DeploymentError
 from worker.upscaler import weights
+from worker.upscaler.devices import choose_device
 from worker.upscaler.tiled import split_hint_encoder
 
 _ORIGINAL_TEXT_ENCODER = "cond_stage_model.transformer."
@@ -106,20 +107,6 @@ def _file_in(folder: Path) -> Path:
     if not (files := sorted(folder.glob("*.safetensors"), key=lambda file: (len(file.name), file.name))):
         raise DeploymentError(f"{folder} has no .safetensors file.")
     return files[0]
-
-
-def choose_device(choice: str) -> torch.device:
-    """Return a device that is there: auto takes the first of cuda, mps and cpu.
-
-    Raises:
-        DeploymentError: it cannot be used.
-    """
-    if choice == "auto":
-        choice = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=choice).device
-    except (RuntimeError, AssertionError) as error:
-        raise DeploymentError(f"UPSCALED_DEVICE is {choice}, which cannot be used: {_brief(error)}") from error
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -1,5 +1,6 @@
 """One picture, as it goes through the upscaler."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -39,3 +40,13 @@ class Picture:
     @property
     def height(self) -> int:
         return self.rgb.shape[0]
+
+
+def join(strips: Iterable[Picture]) -> Picture:
+    """Put strips below each other; one alone is returned as it is."""
+    first, *more = strips
+    if not more:
+        return first
+    strips = [first, *more]
+    alphas = [strip.alpha for strip in strips if strip.alpha is not None]
+    return Picture(np.concatenate([strip.rgb for strip in strips]), np.concatenate(alphas) if alphas else None)

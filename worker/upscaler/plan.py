@@ -21,13 +21,6 @@ _MAX_BATCH = 8
 _MEMORY_SHARE = 0.8
 """How much of the free memory a batch may take."""
 
-_JOB_BYTES = 16
-"""What enlarging to one pixel and encoding it takes at most outside the networks, measured; of the file formats JPEG
-takes most."""
-
-_TRANSPARENT_WEBP_JOB_BYTES = 48
-"""The same for a WebP with alpha, which is encoded without loss, when it is noise."""
-
 _WORTH_A_PASS = 1.01
 """What a further pass must enlarge by; for less, the pass before it goes as much beyond 2×."""
 
@@ -88,15 +81,12 @@ def check_output(width: int, height: int, options: UpscaleOptions, max_output_pi
     check_sides(size, options.output_format)
 
 
-def check_memory(width: int, height: int, options: UpscaleOptions, max_bytes: int, *, alpha: bool) -> None:
-    """Refuse an input of `width` by `height` whose upscaling and encoding would take more memory than there is.
+def check_memory(size: Size, needed: int, max_bytes: int) -> None:
+    """Refuse an output of that size when making it would take more memory than there is.
 
     Raises:
-        OutputTooLarge: by a rough count of what a pixel of the output takes, it is more than `max_bytes`.
+        OutputTooLarge: `needed` is more than `max_bytes`.
     """
-    size = output_size(width, height, options.scale_factor)
-    webp = alpha and options.output_format is OutputFormat.WEBP
-    needed = size.width * size.height * (_TRANSPARENT_WEBP_JOB_BYTES if webp else _JOB_BYTES)
     if needed > max_bytes:
         raise OutputTooLarge(
             f"The output would be {size.width} x {size.height} pixels and take about {needed >> 20} MiB of memory; the "

@@ -1,8 +1,8 @@
-"""Lanczos resampling in linear light to an exact size, tile by tile, and sharpening."""
+"""Lanczos resampling in linear light to an exact size, tile by tile in strips, and sharpening."""
 
 import math
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from core.errors import OutOfMemory
 from worker.upscaler.light import to_fractions, to_levels, to_linear
-from worker.upscaler.picture import Levels, Picture
+from worker.upscaler.picture import Levels, Picture, join
 from worker.upscaler.plan import Size, Span, spans
 
 Planes: TypeAlias = npt.NDArray[np.float32]
@@ -24,6 +24,9 @@ Indices: TypeAlias = npt.NDArray[np.intp]
 
 TILE_PIXELS = 256
 """Side of an output tile; its planes fit a processor's cache. Small tiles have half of it."""
+
+_TILE_BYTES = 160
+"""What one pixel of a tile takes at most, measured: all its planes, and its margins."""
 
 _BAND_PIXELS = 16
 """Outputs per matrix: wide enough to be quick, so narrow that BLAS keeps to the calling thread."""
@@ -41,7 +44,18 @@ _LUMINANCE = np.array([0.2126, 0.7152, 0.0722], np.float32)
 """Shares of red, green and blue (ITU-R BT.709)."""
 
 
-def resample(
+def resample(picture: Picture, size: Size, check: Callable[[], None]) -> Picture:
+    """Do as `resample_strips` does, and return the strips as one picture."""
+    return join(resample_strips(picture, size, check))
+
+
+def resample_alpha(alpha: Levels, size: Size, check: Callable[[], None]) -> Levels:
+    """Do as `resample_alpha_strips` does, and return the strips as one plane."""
+    with _bounded(size):
+        return np.concatenate(list(resample_alpha_strips(alpha, size, check)))
+
+
+def resample_strips(
     picture: Picture,
     size: Size,
     check: Callable[[], None],
@@ -49,55 +63,78 @@ def resample(
     on_progress: Callable[[float], None] = lambda _: None,
     sharpen: float = 0,
     small_tiles: bool = False,
-) -> Picture:
-    """Enlarge to exactly `size`, no side of which is less than the picture's; where tiles are cut does not show.
+) -> Iterator[Picture]:
+    """Enlarge to exactly `size`, no side of which is less than the picture's; give it row of tiles by row of tiles.
 
-    Takes memory for input, output and one tile. A picture that keeps its size unsharpened is returned as it is.
-    `sharpen` is 0 to 10 as in the options. `check` is called before each tile, `on_progress` hears after each what
-    fraction is done.
+    Where tiles are cut does not show. Takes memory for a strip and one tile. A picture that keeps its size unsharpened
+    is given as it is. `sharpen` is 0 to 10 as in the options. `check` is called before each tile, `on_progress` hears
+    after each what fraction is done.
 
     Raises:
-        OutOfMemory: the output does not fit.
+        OutOfMemory: a strip does not fit.
     """
     if size == (picture.width, picture.height) and not sharpen:
         on_progress(1.0)
-        return picture
+        yield picture
+        return
     blur = _BLUR_PER_SCALE if sharpen else 0
-    try:
-        output = _blank(size, with_alpha=picture.alpha is not None)
-        tiles = _tiles(Size(width=picture.width, height=picture.height), size, blur, small=small_tiles)
-        for done, (row, column) in enumerate(tiles, start=1):
-            check()
-            planes = _resampled(_light(picture, row.window, column.window), row, column)
-            if sharpen:
-                planes = _sharpened(planes, row, column, sharpen / 10)
-            _put(planes, output, row.tile, column.tile)
-            on_progress(done / len(tiles))
-    except MemoryError as error:
-        raise _too_large(size) from error
-    return output
+    area, side = Size(width=picture.width, height=picture.height), _tile_pixels(small=small_tiles)
+    with _bounded(size):
+        columns = [_axis(span, area.width, size.width, blur) for span in spans(size.width, side)]
+        done, rows = 0, spans(size.height, side)
+        for span in rows:
+            row = _axis(span, area.height, size.height, blur)
+            output = _blank(Size(width=size.width, height=len(range(*span))), with_alpha=picture.alpha is not None)
+            for column in columns:
+                check()
+                planes = _resampled(_light(picture, row.window, column.window), row, column)
+                if sharpen:
+                    planes = _sharpened(planes, row, column, sharpen / 10)
+                _put(planes, output, column.tile)
+                done += 1
+                on_progress(done / (len(rows) * len(columns)))
+            yield output
 
 
-def resample_alpha(alpha: Levels, size: Size, check: Callable[[], None]) -> Levels:
-    """Enlarge a (height, width) plane of alpha as `resample` does that of a picture.
+def resample_alpha_strips(alpha: Levels, size: Size, check: Callable[[], None]) -> Iterator[Levels]:
+    """Enlarge a (height, width) plane of alpha as `resample_strips` does that of a picture, in the same strips.
 
     Raises:
-        OutOfMemory: the output does not fit.
+        OutOfMemory: a strip does not fit.
     """
     height, width = alpha.shape
+    side = _tile_pixels(small=False)
+    with _bounded(size):
+        columns = [_axis(span, width, size.width, 0) for span in spans(size.width, side)]
+        for span in spans(size.height, side):
+            row = _axis(span, height, size.height, 0)
+            output = np.empty((len(range(*span)), size.width), np.uint8)
+            for column in columns:
+                check()
+                source = to_fractions(alpha[None, slice(*row.window), slice(*column.window)])
+                output[:, slice(*column.tile)] = np.rint(_resampled(source, row, column)[0] * 255)
+            yield output
+
+
+def peak_bytes(size: Size, *, alpha: bool) -> int:
+    """Tell how much memory `resample_strips` takes at most for that output, roughly: a tile, and three strips.
+
+    Two of them are those that it has given, and that have not been used up.
+    """
+    strip, tile = (width * min(size.height, TILE_PIXELS) for width in (size.width, min(size.width, TILE_PIXELS)))
+    return 3 * strip * (4 if alpha else 3) + tile * _TILE_BYTES
+
+
+def _tile_pixels(*, small: bool) -> int:
+    return TILE_PIXELS // 2 if small else TILE_PIXELS
+
+
+@contextmanager
+def _bounded(size: Size) -> Generator[None]:
     try:
-        output = np.empty((size.height, size.width), np.uint8)
-        for row, column in _tiles(Size(width=width, height=height), size, blur=0, small=False):
-            check()
-            source = to_fractions(alpha[None, slice(*row.window), slice(*column.window)])
-            output[slice(*row.tile), slice(*column.tile)] = np.rint(_resampled(source, row, column)[0] * 255)
+        yield
     except MemoryError as error:
-        raise _too_large(size) from error
-    return output
-
-
-def _too_large(size: Size) -> OutOfMemory:
-    return OutOfMemory(f"There is not enough memory for {size.width} x {size.height} pixels.")
+        raise OutOfMemory(f"There is not enough memory for {size.width} x {size.height} pixels.") from error
 
 
 class _Band(NamedTuple):
@@ -109,7 +146,7 @@ class _Band(NamedTuple):
     """(outputs, inputs)."""
 
 
-class _Strip(NamedTuple):
+class _Axis(NamedTuple):
     """One axis of a tile: all that is known about it before the first pixel is read."""
 
     tile: Span
@@ -123,22 +160,14 @@ class _Strip(NamedTuple):
     blur: list[_Band]
 
 
-def _tiles(area: Size, size: Size, blur: float, *, small: bool) -> list[tuple[_Strip, _Strip]]:
-    """Cut the output into tiles, each a row and a column."""
-    tile = TILE_PIXELS // 2 if small else TILE_PIXELS
-    rows = [_strip(span, area.height, size.height, blur) for span in spans(size.height, tile)]
-    columns = [_strip(span, area.width, size.width, blur) for span in spans(size.width, tile)]
-    return list(product(rows, columns))
-
-
-def _strip(tile: Span, length: int, output_length: int, blur_per_scale: float) -> _Strip:
+def _axis(tile: Span, length: int, output_length: int, blur_per_scale: float) -> _Axis:
     """Plan one axis of a tile; `blur_per_scale` is the blur's sigma in pixels of the input, 0 for none."""
     sigma = blur_per_scale * output_length / length
     blur = _gaussian(sigma)
     field = tile.grown(blur.radius, output_length)
     centres = (np.arange(*field, dtype=np.float64) + 0.5) * (length / output_length) - 0.5
     window = Span(max(math.floor(centres[0]) - 2, 0), min(math.floor(centres[-1]) + 4, length))
-    return _Strip(
+    return _Axis(
         tile,
         field,
         window,
@@ -191,7 +220,7 @@ def _band(outputs: Span, centres: Positions, window: Span, kernel: _Kernel) -> _
     return _Band(slice(*outputs), slice(first, stop), matrix)
 
 
-def _resampled(source: Planes, row: _Strip, column: _Strip) -> Planes:
+def _resampled(source: Planes, row: _Axis, column: _Axis) -> Planes:
     """Resample one tile with its margin from the windows of its row and column.
 
     Lanczos overshoots at edges, and in linear light the dark side of an edge would become a black line. What leaves
@@ -242,7 +271,7 @@ def _extreme_around(source: Planes, down: Indices, across: Indices, extreme: np.
     return pairs.take(np.minimum(down, pairs.shape[1] - 1), axis=1)
 
 
-def _sharpened(planes: Planes, row: _Strip, column: _Strip, amount: float) -> Planes:
+def _sharpened(planes: Planes, row: _Axis, column: _Axis, amount: float) -> Planes:
     """Sharpen a tile by an unsharp mask on ratios of luminance, and drop its margin.
 
     With Y the luminance of a pixel, B its Gaussian blur and k = sharpen / 10, the colours are multiplied by
@@ -269,13 +298,13 @@ def _blank(canvas: Size, *, with_alpha: bool) -> Picture:
     return Picture(rgb, np.empty((canvas.height, canvas.width), np.uint8) if with_alpha else None)
 
 
-def _put(planes: Planes, output: Picture, row: Span, column: Span) -> None:
-    """Bring a tile back from linear light and put it where it belongs."""
-    colours, tile = planes[:3], (slice(*row), slice(*column))
+def _put(planes: Planes, output: Picture, column: Span) -> None:
+    """Bring a tile back from linear light and put it where it belongs in its strip."""
+    colours, across = planes[:3], slice(*column)
     if output.alpha is not None:
-        output.alpha[tile] = np.rint(planes[3] * 255)
+        output.alpha[:, across] = np.rint(planes[3] * 255)
         # Under half a level of alpha nobody sees the colour; the floor only keeps the quotient finite.
         colours = colours / np.maximum(planes[3], 0.5 / 255)
     # One channel at a time is three times as fast as one transposed copy.
     for channel, levels in enumerate(to_levels(colours)):
-        output.rgb[*tile, channel] = levels
+        output.rgb[:, across, channel] = levels

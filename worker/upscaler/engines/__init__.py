@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from core.errors import DeploymentError
+from core.options import EngineName, UpscaleOptions
 from worker.upscaler import weights
 from worker.upscaler.engine import Engine
 from worker.upscaler.engines.lanczos import Lanczos
@@ -24,6 +25,7 @@ class Config:
     clarity_hint: Literal["input", "preupscaled"] = "input"
     clarity_batch: int = 0
     clarity_compile: bool = False
+    superres_variant: Literal["fidelity", "restore"] = "restore"
     superres_weights: str = ""
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -32,10 +34,32 @@ class Config:
 DEFAULTS = Config()
 
 
-def load(choice: str, config: Config = DEFAULTS) -> Engine:
-    """Make the engine a deployment chose: auto, lanczos, clarity, or `package.module:Class` for one from elsewhere.
+class Engines:
+    """A deployment's own engine, and those that a job may ask for by name, made when one first does."""
 
-    `auto` takes the best that can run here and says in the log when that is not the real one. A class from elsewhere
+    def __init__(self, own: Engine, config: Config = DEFAULTS) -> None:
+        self.own = own
+        self._config = config
+        self._named: dict[EngineName, Engine] = {}
+
+    def choose(self, options: UpscaleOptions) -> Engine:
+        """Return the engine that is to run a job.
+
+        Raises:
+            DeploymentError: the job asks for one that cannot run here.
+        """
+        name = options.engine
+        if name is None or name == self.own.name:
+            return self.own
+        if name not in self._named:
+            self._named[name] = load(name, self._config)
+        return self._named[name]
+
+
+def load(choice: str, config: Config = DEFAULTS) -> Engine:
+    """Make the engine of a name: auto, clarity, superres, lanczos, or `package.module:Class` for one from elsewhere.
+
+    `auto` takes Clarity where its weights are, else superres, and says so in the log. A class from elsewhere
     is imported and called without arguments.
 
     Raises:
@@ -45,18 +69,20 @@ def load(choice: str, config: Config = DEFAULTS) -> Engine:
         if not weights.missing(config.models_dir, config.clarity_checkpoint):
             return _load_clarity(config)
         logger.warning(
-            "No weights of the clarity engine are installed (`upscaled models pull` fetches them): lanczos is used, "
+            "No weights of the clarity engine are installed (`upscaled models pull` fetches them): superres is used, "
             "which enlarges but invents no detail."
         )
-        return Lanczos()
+        return _load_superres(config)
     if choice == "lanczos":
         return Lanczos()
+    if choice == "superres":
+        return _load_superres(config)
     if choice == "clarity":
         return _load_clarity(config)
     if ":" in choice:
         return _imported(choice)
     raise DeploymentError(
-        f"UPSCALED_ENGINE is {choice!r}; the choices are auto, lanczos, clarity and package.module:Class."
+        f"UPSCALED_ENGINE is {choice!r}; the choices are auto, superres, lanczos, clarity and package.module:Class."
     )
 
 
@@ -67,6 +93,14 @@ def _load_clarity(config: Config) -> Engine:
     return clarity.load(config)
 
 
+def _load_superres(config: Config) -> Engine:
+    try:
+        from worker.upscaler.engines import superres  # it brings torch
+    except ModuleNotFoundError as error:
+        raise DeploymentError(f"superres needs what upscaled[worker] installs: {error}.") from error
+    return superres.load(config)
+
+
 def _imported(choice: str) -> Engine:
     module, _, name = choice.partition(":")
     try:
@@ -74,5 +108,7 @@ def _imported(choice: str) -> Engine:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise DeploymentError(f"UPSCALED_ENGINE is {choice!r}, which cannot be loaded: {error}.") from error
     if not isinstance(engine, Engine):
-        raise DeploymentError(f"UPSCALED_ENGINE is {choice!r}, which is no engine: it lacks name or upscale.")
+        raise DeploymentError(
+            f"UPSCALED_ENGINE is {choice!r}, which is no engine: it lacks name, upscale or peak_bytes."
+        )
     return engine

@@ -1,10 +1,9 @@
 """The Clarity engine: enlarge, add noise, take it out again tile by tile under a tile ControlNet; in passes of 2×."""
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
@@ -18,14 +17,27 @@ from torch.nn import functional
 
 from core.errors import DeploymentError, OutOfMemory, Stopped
 from core.options import UpscaleOptions
-from worker.upscaler import components, schedules, superres, weights
+from worker.upscaler import checkpoints, components, schedules, superres, weights
 from worker.upscaler.canvas import padded, to_levels, to_tensor
 from worker.upscaler.colour import restore_colours, sharpen
 from worker.upscaler.components import Components
+from worker.upscaler.devices import is_exhaustion
 from worker.upscaler.engines import Config
+from worker.upscaler.engines.superres import load_networks
 from worker.upscaler.loras import Loras
 from worker.upscaler.picture import Levels, Picture
-from worker.upscaler.plan import CELL_PIXELS, PRESETS, Pass, Size, Tiling, balanced_batch, fitting_batch, passes, tiling
+from worker.upscaler.plan import (
+    CELL_PIXELS,
+    PRESETS,
+    Pass,
+    Size,
+    Tiling,
+    balanced_batch,
+    fitting_batch,
+    output_size,
+    passes,
+    tiling,
+)
 from worker.upscaler.prompts import Conditioning, PromptEncoder, extract_loras, load_embeddings
 from worker.upscaler.resampling import resample_alpha
 from worker.upscaler.samplers import Denoise, Noise, count_evaluations, sample
@@ -38,8 +50,8 @@ VAE_TILE_PIXELS = 1024
 MAX_COMPILED_SHAPES = 1024
 """How often a block may be compiled: for each of its widths in the network, size of a tile and size of a batch."""
 
-_EXHAUSTED = ("allocate memory", "out of memory")
-"""What PyTorch says when it has no memory left and has no name for that: of a processor, or of Apple's GPUs."""
+_OUTPUT_BYTES = 16
+"""What a pixel of the output takes at most outside the networks, measured."""
 
 ENCODED, DENOISED = 0.05, 0.9
 """How far a pass has come once its picture is encoded, and once its noise is gone."""
@@ -58,21 +70,17 @@ def load(config: Config) -> "Clarity":
     )
     if parts.device.type == "cpu":
         logger.warning("Clarity runs without a GPU: a megapixel takes minutes.")
-    engine = Clarity(parts, _load_network(config, parts.device), config)
+    engine = Clarity(parts, _load_networks(config, parts.device), config)
     engine.warm_up()
     return engine
 
 
-def _load_network(config: Config, device: torch.device) -> Network | None:
-    if chosen := config.superres_weights:
-        if not Path(chosen).is_file():
-            raise DeploymentError(f"UPSCALED_SUPERRES_WEIGHTS is {chosen}, and there is no such file.")
-        return superres.load(Path(chosen), device)
+def _load_networks(config: Config, device: torch.device) -> tuple[Network, ...]:
+    """Read what enlarges before diffusion: the operator's choice, what is installed for it, or our own networks."""
     file = weights.preupscaler(config.models_dir)
-    if file is None:
-        logger.warning("No pre-upscaling network is installed: Lanczos enlarges pictures before diffusion.")
-        return None
-    return superres.load(file, device)
+    if config.superres_weights or file is None:
+        return load_networks(config, device)
+    return (checkpoints.load(file, device, config.precision),)
 
 
 def _compile_blocks(*networks: nn.Module) -> None:
@@ -105,9 +113,9 @@ class Clarity:
 
     name = "clarity"
 
-    def __init__(self, parts: Components, network: Network | None, config: Config) -> None:
+    def __init__(self, parts: Components, networks: Sequence[Network], config: Config) -> None:
         self.parts = parts
-        self._network = network
+        self._networks = networks
         self._config = config
         self._preset = PRESETS[config.clarity_preset]
         width = parts.text_encoder.config.hidden_size
@@ -131,7 +139,7 @@ class Clarity:
         for _ in range(2):  # the second time nothing is compiled any more
             self._bytes_per_cell = None
             try:
-                self.upscale(Picture(grey), options, lambda _: None, lambda: False)
+                next(self.upscale(Picture(grey), options, lambda _: None, lambda: False))
             except TorchDynamoException as error:
                 reason = shorten(str(error), 200, placeholder=" …")
                 raise DeploymentError(f"UPSCALED_CLARITY_COMPILE is set, which fails here: {reason}") from error
@@ -145,11 +153,11 @@ class Clarity:
         options: UpscaleOptions,
         on_progress: Callable[[float], None],
         should_stop: Callable[[], bool],
-    ) -> Picture:
+    ) -> Iterator[Picture]:
         """Enlarge as `Engine.upscale` says; `should_stop` is asked before every batch of tiles.
 
         On a processor, where a batch may take minutes, it is asked before every layer, too. At strength 0 nothing is
-        invented: the picture is enlarged by the pre-upscaling network, or by Lanczos.
+        invented: the picture is enlarged by the pre-upscaling network. The whole comes as one strip.
 
         Raises:
             Stopped: `should_stop()` answered true.
@@ -163,13 +171,21 @@ class Clarity:
 
         try:
             with self._asking(check):
-                return self._upscaled(picture, options, on_progress, check)
+                upscaled = self._upscaled(picture, options, on_progress, check)
         except (MemoryError, RuntimeError) as error:
-            if not _is_exhaustion(error):
+            if not is_exhaustion(error):
                 raise
             logger.warning("out of memory: %s", error)
+        else:
+            yield upscaled
+            return
         # As in `_pass` not in the handler: whoever keeps this error would keep that one, and what filled the memory.
         raise OutOfMemory("There is not enough memory for the canvas, or for a tile.")
+
+    def peak_bytes(self, size: Size, options: UpscaleOptions, *, alpha: bool) -> int:
+        """Tell how much memory upscaling takes at most, as `Engine.peak_bytes` says."""
+        wanted = output_size(*size, options.scale_factor)
+        return size.width * size.height * (4 if alpha else 3) + wanted.width * wanted.height * _OUTPUT_BYTES
 
     def _upscaled(
         self,
@@ -203,7 +219,7 @@ class Clarity:
     def _pass(self, rgb: Levels, one: Pass, layout: Tiling, job: _Job) -> Levels:
         """Enlarge to the pass's size and, unless it is to invent nothing, diffuse."""
         job.progress.begin()
-        enlarged = superres.enlarge(rgb, one.size, self._network, job.check)
+        enlarged = superres.enlarge(rgb, one.size, self._networks, job.check)
         if not one.strength:
             job.progress.move(1.0)
             return enlarged
@@ -341,11 +357,6 @@ def _tile(options: UpscaleOptions) -> Size:
     """Return the size of a tile in cells."""
     shrink = 2 if options.small_tiles else 1
     return Size(width=options.tile_width // shrink, height=options.tile_height // shrink)
-
-
-def _is_exhaustion(error: MemoryError | RuntimeError) -> bool:
-    named = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return named or any(words in str(error) for words in _EXHAUSTED)
 
 
 class _Progress:

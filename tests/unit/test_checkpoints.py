@@ -1,0 +1,273 @@
+"""Checkpoints: real architectures through the real loader, pickles that run nothing, no trace of torchvision."""
+
+import importlib
+import importlib.util
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+from transformers.utils.import_utils import is_torchvision_available
+
+from core.errors import DeploymentError
+from tests.networks import ARCHITECTURES, Weights, architecture, compact, rrdb, save_own
+from worker.upscaler import checkpoints
+from worker.upscaler.compact import Compact
+from worker.upscaler.picture import Levels
+from worker.upscaler.plan import Size
+from worker.upscaler.strips import Rows
+from worker.upscaler.superres import Network
+from worker.upscaler.tiles import Tiled
+
+CPU = torch.device("cpu")
+
+SHIPPED = Path(checkpoints.__file__).with_name("networks")
+
+Load = Callable[[Weights], Network]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Save weights as a checkpoint, and load it."""
+
+    def load(weights: Weights) -> Network:
+        save_file(weights, tmp_path / "network.safetensors")
+        return checkpoints.load(tmp_path / "network.safetensors", CPU)
+
+    return load
+
+
+def _noise(width: int, height: int) -> Levels:
+    return np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _enlarged(network: Network, rgb: Levels) -> Levels:
+    rows = Rows([rgb], Size(width=rgb.shape[1], height=rgb.shape[0]))
+    return np.concatenate(list(network.enlarge(rows, lambda: None, lambda _: None)))
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of spandrel's copies of the authors' code
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_published_architectures_are_recognised_and_enlarge(load: Load, name: str) -> None:
+    network = load(architecture(name))
+    assert (type(network), network.scale) == (Tiled, 2)
+    assert _enlarged(network, _noise(70, 9)).shape == (18, 140, 3)
+
+
+@pytest.mark.parametrize(("weights", "scale"), [(rrdb(4), 4), (rrdb(2, unshuffle=2), 2)])
+def test_a_real_esrgan_enlarges_with_and_without_taking_pixels_together(
+    load: Load, weights: Weights, scale: int
+) -> None:
+    network = load(weights)
+    assert network.scale == scale
+    output = _enlarged(network, _noise(33, 9))
+    assert output.shape == (9 * scale, 33 * scale, 3)
+    assert output.std() > 10
+
+
+def test_weights_of_half_precision_are_read(load: Load) -> None:
+    halves = {name: values.half() for name, values in compact(2, random=True).items()}
+    wholes = {name: values.float() for name, values in halves.items()}
+    rgb = _noise(20, 20)
+    assert np.array_equal(_enlarged(load(halves), rgb), _enlarged(load(wholes), rgb))
+
+
+def test_a_restoring_network_of_scale_1_is_taken(load: Load) -> None:
+    network, rgb = load(compact(1)), _noise(9, 7)
+    assert network.scale == 1
+    assert np.array_equal(_enlarged(network, rgb), rgb)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_pth_file_is_read(tmp_path: Path, wrapped: bool) -> None:
+    weights = compact(2, random=True)
+    torch.save({"params_ema": weights} if wrapped else weights, tmp_path / "network.pth")
+    save_file(weights, tmp_path / "network.safetensors")
+    of_pickle, of_tensors = (checkpoints.load(tmp_path / f"network.{kind}", CPU) for kind in ("pth", "safetensors"))
+    rgb = _noise(20, 20)
+    assert np.array_equal(_enlarged(of_pickle, rgb), _enlarged(of_tensors, rgb))
+
+
+class _Malicious:
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (os.environ["TEST_TRAP"],)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_pth_file_that_would_run_code_is_refused_in_a_sentence_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
+    monkeypatch.setenv("TEST_TRAP", str(tmp_path / "sprung"))
+    held = {**compact(2), "more": _Malicious()}
+    torch.save(held, tmp_path / "network.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(DeploymentError, match=r"network\.pth is damaged, .*: it holds more than tensors") as refused:
+        checkpoints.load(tmp_path / "network.pth", CPU)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch announces the end of TorchScript
+def test_a_pth_file_with_a_program_is_refused(tmp_path: Path) -> None:
+    script = torch.jit.script(torch.nn.PReLU())
+    torch.jit.save(script, tmp_path / "network.pth")  # pyright: ignore[reportUnknownMemberType]
+    with pytest.raises(DeploymentError, match=r"network\.pth is damaged, .*TorchScript"):
+        checkpoints.load(tmp_path / "network.pth", CPU)
+
+
+@pytest.mark.parametrize(
+    ("weights", "complaint"),
+    [
+        ({"something": torch.zeros(3)}, "no network that spandrel knows"),
+        (compact(2) | {"body.2.weight": torch.zeros(5, 6, 3, 3)}, "damaged"),
+        (compact(2, channels=1), "channels are 1 to 1"),
+        (compact(2, channels=4), "channels are 4 to 4"),
+    ],
+    ids=["unknown", "misshapen", "grey", "with alpha"],
+)
+def test_a_file_with_something_else_is_refused_by_name(load: Load, weights: Weights, complaint: str) -> None:
+    with pytest.raises(DeploymentError, match=rf"network\.safetensors .*{complaint}"):
+        load(weights)
+
+
+def test_files_that_are_damaged_missing_or_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "damaged.safetensors").write_bytes(b"no tensors" * 10)
+    (tmp_path / "damaged.pth").write_bytes(b"no tensors" * 10)
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "number.pth").write_bytes(pickle.dumps(3, protocol=2))
+    (tmp_path / "network.onnx").touch()
+    for path in (*tmp_path.iterdir(), tmp_path / "missing.safetensors"):
+        with pytest.raises(DeploymentError, match=path.name):
+            checkpoints.load(path, CPU)
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("computes", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_processor_takes_bfloat16_where_it_computes_with_it(
+    load: Load, monkeypatch: pytest.MonkeyPatch, computes: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": computes})
+    network = load(compact(2))
+    assert isinstance(network, Compact)
+    assert network.dtype is dtype
+
+
+@pytest.mark.parametrize(
+    ("precision", "half", "bfloat16", "expected"),
+    [
+        ("fp32", True, True, torch.float32),
+        ("fp16", True, True, torch.float16),
+        ("fp16", False, True, torch.float32),
+        ("bf16", True, True, torch.bfloat16),
+        ("bf16", True, False, torch.float32),
+        ("auto", True, True, torch.float16),
+        ("auto", False, True, torch.bfloat16),
+        ("auto", False, False, torch.float32),
+    ],
+)
+def test_half_precision_is_taken_only_where_it_is_declared(
+    precision: checkpoints.Precision, half: bool, bfloat16: bool, expected: torch.dtype
+) -> None:
+    choose = checkpoints._precision  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    assert choose(torch.device("cuda"), precision, half=half, bfloat16=bfloat16) is expected
+
+
+# Our own --------------------------------------------------------------------------------------------------------------
+
+
+def test_our_own_networks_need_no_spandrel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_own(tmp_path)
+    monkeypatch.setattr(checkpoints, "OWN_DIR", tmp_path)
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    rgb = _noise(9, 7)
+    networks = checkpoints.load_own("fidelity", CPU)
+    assert [network.scale for network in networks] == [2, 4]
+    for network in networks:
+        assert np.array_equal(_enlarged(network, rgb), rgb.repeat(network.scale, 0).repeat(network.scale, 1))
+
+
+def test_a_network_of_our_own_that_is_missing_or_damaged_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_own(tmp_path)
+    monkeypatch.setattr(checkpoints, "OWN_DIR", tmp_path)
+    (tmp_path / "restore-x4.safetensors").unlink()
+    with pytest.raises(DeploymentError, match=r"restore-x4\.safetensors is missing, which belongs to this"):
+        checkpoints.load_own("restore", CPU)
+    (tmp_path / "fidelity-x2.safetensors").write_bytes(b"no tensors" * 10)
+    with pytest.raises(DeploymentError, match=r"fidelity-x2\.safetensors, which belongs to .* is damaged: "):
+        checkpoints.load_own("fidelity", CPU)
+
+
+@pytest.mark.parametrize("variant", ["fidelity", "restore"])
+def test_the_networks_that_are_shipped_are_read_and_keep_what_is_flat(variant: checkpoints.Variant) -> None:
+    for scale in checkpoints.OWN_SCALES:
+        network = checkpoints.load(SHIPPED / f"{variant}-x{scale}.safetensors", CPU)
+        assert isinstance(network, Compact)
+        assert network.scale == scale
+        output = _enlarged(network, np.full((24, 24, 3), 90, np.uint8))
+        assert np.abs(output[12 * scale, 12 * scale].astype(int) - 90).max() <= 3
+
+
+def test_the_networks_that_are_shipped_take_5_mb_at_most() -> None:
+    assert sum(path.stat().st_size for path in SHIPPED.glob("*.safetensors")) <= 5_000_000
+
+
+# torchvision ----------------------------------------------------------------------------------------------------------
+def test_no_trace_of_torchvision_is_left_behind(load: Load) -> None:
+    load(compact(2))
+    assert "spandrel" in sys.modules
+    assert [name for name in sys.modules if name.partition(".")[0] == "torchvision"] == []
+    assert importlib.util.find_spec("torchvision") is None
+    assert not is_torchvision_available()
+
+
+_ASKING = """
+import torchvision
+from torchvision.transforms.functional import InterpolationMode, normalize, rotate
+raise ImportError(f"{normalize} saw {getattr(torchvision, '__file__', 'a stand-in')}")
+"""
+
+
+def _put_spandrel(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let another module be found under the name of spandrel."""
+    (folder / "spandrel.py").write_text(code)
+    monkeypatch.delitem(sys.modules, "spandrel", raising=False)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    importlib.invalidate_caches()
+
+
+def test_the_stand_in_for_torchvision_goes_even_when_the_import_fails(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _put_spandrel(_ASKING, tmp_path, monkeypatch)
+    with pytest.raises(DeploymentError, match="saw a stand-in"):
+        load(compact(2))
+    assert "torchvision" not in sys.modules
+
+
+def test_a_torchvision_that_is_installed_is_used(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transforms = tmp_path / "torchvision" / "transforms"
+    transforms.mkdir(parents=True)
+    (tmp_path / "torchvision" / "__init__.py").touch()
+    (transforms / "__init__.py").touch()
+    (transforms / "functional.py").write_text("InterpolationMode = normalize = rotate = 'the real one'")
+    _put_spandrel(_ASKING, tmp_path, monkeypatch)
+    try:
+        with pytest.raises(DeploymentError, match=r"the real one saw .*__init__\.py"):
+            load(compact(2))
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+def test_without_spandrel_the_command_that_installs_it_is_named(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    with pytest.raises(DeploymentError, match="`pip install --no-deps spandrel`"):
+        load(compact(2))

@@ -1,0 +1,167 @@
+"""Training: what a network learns from, and that it learns and goes on where it was."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
+
+from training import degradation, learning, pictures
+from training.__main__ import Run, train
+from training.drawings import draw
+from training.learning import Learner, Plan, difference
+from training.network import forward, grow, make
+from training.pictures import Pool
+from worker.upscaler.picture import Levels
+
+SIDE = 96
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and small patches, saved often."""
+    for name, value in (("_PATCHES", 2), ("_SIDE", 16), ("_SAVED_EVERY", 4), ("_WARM_UP", 2)):
+        monkeypatch.setattr(learning, name, value)
+
+
+def picture(seed: int = 0, side: int = SIDE) -> Levels:
+    return draw(np.random.default_rng(seed), side)
+
+
+def pool(scale: int = 2, *, renewed: int | None = None, degrade: pictures.Degrade = degradation.shrink) -> Pool:
+    return Pool([picture(0), picture(1)], scale, degrade, renewed=renewed, seed=5)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_a_patch_and_its_target_show_the_same_place_in_the_same_pose(scale: int) -> None:
+    for seed in range(20):
+        low, high = pool(scale).sample(12, np.random.default_rng(seed), 0)
+        assert low.shape == (12, 12, 3)
+        assert high.shape == (12 * scale, 12 * scale, 3)
+        again = np.asarray(Image.fromarray(np.ascontiguousarray(high)).resize((12, 12), Image.Resampling.BICUBIC))
+        inner = slice(2, -2)  # the rim of the whole was shrunk with its neighbours in view
+        assert np.abs(again[inner, inner].astype(int) - low[inner, inner]).mean() < 1
+
+
+def test_what_is_sampled_depends_on_generator_and_step_alone() -> None:
+    fresh, used = (pool(renewed=10, degrade=degradation.wear) for _ in range(2))
+    for step in range(25):
+        used.sample(12, np.random.default_rng(step), step)
+    for one, other in zip(
+        fresh.sample(12, np.random.default_rng(9), 30), used.sample(12, np.random.default_rng(9), 30), strict=True
+    ):
+        assert np.array_equal(one, other)
+
+
+def test_pictures_are_worn_anew_after_a_while_and_shrunk_ones_never() -> None:
+    def samples(pool: Pool) -> list[bytes]:
+        return [pool.sample(12, np.random.default_rng(1), step)[0].tobytes() for step in range(0, 100, 10)]
+
+    assert len(set(samples(pool(renewed=20, degrade=degradation.wear)))) > 2
+    assert len(set(samples(pool(renewed=None)))) == 1
+
+
+def test_a_worn_picture_has_its_size_and_is_not_the_shrunk_one() -> None:
+    clean = degradation.shrink(picture(), 2, np.random.default_rng(0))
+    worn = [degradation.wear(picture(), 2, np.random.default_rng(seed)) for seed in range(20)]
+    assert {levels.shape for levels in worn} == {clean.shape}
+    changes = [np.abs(levels.astype(int) - clean).mean() for levels in worn]
+    assert 0.5 < np.mean(changes) < 12
+
+
+def test_photographs_are_learned_at_two_sizes_and_every_eighth_is_held_out(tmp_path: Path) -> None:
+    for index in range(9):
+        Image.new("RGB", (520 if index == 0 else 300, 520), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    learned, held_out = pictures.read(tmp_path)
+    assert [levels[0, 0, 0] for levels in held_out] == [7]
+    assert [levels.shape[0] for levels in learned] == [520, 260, *[520] * 7]
+
+
+def test_a_network_begins_near_the_nearest_neighbours() -> None:
+    low = torch.rand(1, 3, 12, 12)
+    with torch.inference_mode():
+        made = forward(make(2, 0), low)
+    nearest = low.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert (made - nearest).abs().mean() < 0.1
+
+
+def test_a_grown_network_makes_the_same_picture_with_larger_pixels() -> None:
+    low = torch.rand(1, 3, 12, 12)
+    model, larger = make(2, 0), make(4, 1)
+    larger.load_state_dict(grow(model.state_dict(), 4))
+    with torch.inference_mode():
+        expected = forward(model, low).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        assert torch.allclose(forward(larger, low), expected, atol=1e-4)
+
+
+def test_the_loss_counts_errors_of_luma_beside_those_of_colour() -> None:
+    black = torch.zeros(1, 3, 4, 4)
+
+    def off(red: float, green: float, blue: float) -> float:
+        return float(difference(black + torch.tensor([red, green, blue])[:, None, None], black))
+
+    assert off(0.1, 0.1, 0.1) == pytest.approx(0.2, rel=0.01)
+    assert off(0.3, 0, 0) < off(0, 0.3, 0)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_learned_is_seen_in_pictures_that_were_not(tmp_path: Path) -> None:
+    high = picture(2, 64)
+    low = degradation.shrink(high, 2, np.random.default_rng(0))
+
+    def loss(state: Mapping[str, Tensor]) -> float:
+        model = make(2, 0)
+        model.load_state_dict(state)
+        with torch.inference_mode():
+            return float(difference(forward(model, pictures.tensor([low])), pictures.tensor([high])))
+
+    learner = Learner(make(2, 0), Plan(scale=2, steps=60, rate=1e-3, seed=0), tmp_path / "checkpoint")
+    before = loss(learner.mean)
+    list(learner.learn(pool(), pool()))
+    assert loss(learner.mean) < 0.9 * before
+    assert learner.seconds > 0
+
+
+@pytest.mark.usefixtures("small")
+def test_a_training_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    plan = Plan(scale=2, steps=12, rate=1e-3, seed=0)
+    straight = Learner(make(2, 0), plan, tmp_path / "straight")
+    list(straight.learn(pool(), pool()))
+    next(Learner(make(2, 0), plan, tmp_path / "pieces").learn(pool(), pool()))  # what came after that is lost
+    rest = Learner(make(2, 7), plan, tmp_path / "pieces")
+    assert rest.step == 4
+    list(rest.learn(pool(), pool()))
+    assert all(torch.allclose(straight.mean[name], rest.mean[name], atol=1e-6) for name in straight.mean)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_writes_weights_that_say_how_they_came_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.pictures.DRAWINGS", 1)
+    folder, into = tmp_path / "training", tmp_path / "networks"
+    (folder / "photographs").mkdir(parents=True)
+    for index in range(8):
+        Image.fromarray(picture(index)).save(folder / "photographs" / f"{index}.png")
+    first = Run("small-x2", "fidelity", Plan(scale=2, steps=4, rate=1e-3, seed=1))
+    train(first, folder, into)
+    train(Run("small-x4", "restore", Plan(scale=4, steps=4, rate=1e-3, seed=2), start="small-x2"), folder, into)
+    opened: Any = safe_open(into / "small-x4.safetensors", "pt")
+    with opened as file:
+        facts = file.metadata()
+    assert facts["start"] == "small-x2"
+    assert (facts["scale"], facts["variant"], facts["steps"], facts["seed"]) == ("4", "restore", "4 of 4", "2")
+    assert facts["held_out"].endswith(" dB")
+    assert {value.dtype for value in load_file(into / "small-x4.safetensors").values()} == {torch.float16}

@@ -1,0 +1,123 @@
+"""Train the networks of the superres engine, in pieces: what was interrupted goes on where it was.
+
+    .venv/bin/python -m training [--only NAME …] [--folder FOLDER] [--into FOLDER]
+
+Photographs and checkpoints lie in --folder; what was learned is written into --into with each checkpoint, so that a
+training can be judged before its end. The first two networks learn to undo exact shrinking, the others also to repair.
+"""
+
+import argparse
+import logging
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import (
+    load_file,  # pyright: ignore[reportUnknownVariableType]
+    save_file,  # pyright: ignore[reportUnknownVariableType]
+)
+
+from training import degradation, photographs, pictures
+from training.learning import Learner, Plan
+from training.network import forward, grow, make
+from training.pictures import Degrade, Pool
+from worker.upscaler.picture import Levels
+
+logger = logging.getLogger("training")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network: what it learns, and whose weights it begins with."""
+
+    name: str
+    variant: str
+    plan: Plan
+    start: str | None = None
+
+
+RUNS = [
+    Run("fidelity-x2", "fidelity", Plan(scale=2, steps=9_000, rate=2e-3, seed=1)),
+    Run("fidelity-x4", "fidelity", Plan(scale=4, steps=6_000, rate=1.5e-3, seed=2), start="fidelity-x2"),
+    Run("restore-x2", "restore", Plan(scale=2, steps=6_000, rate=1e-3, seed=3), start="fidelity-x2"),
+    Run("restore-x4", "restore", Plan(scale=4, steps=5_000, rate=1e-3, seed=4), start="fidelity-x4"),
+]
+
+_RENEWED = {"fidelity": None, "restore": 4_000}
+"""After how many steps a picture is degraded anew, where chance has a part in that."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training")
+    parser.add_argument("--only", nargs="+", choices=[run.name for run in RUNS])
+    parser.add_argument("--folder", type=Path, default=Path(".upscaled/training"))
+    parser.add_argument("--into", type=Path, default=Path("worker/upscaler/networks"))
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    photographs.fetch(arguments.folder / "photographs")
+    for run in RUNS:
+        if run.name in (arguments.only or [run.name]):
+            train(run, arguments.folder, arguments.into)
+
+
+def train(run: Run, folder: Path, into: Path) -> None:
+    """Train one network, or go on with it, and write its weights."""
+    learned, held_out = pictures.read(folder / "photographs")
+    degrade = degradation.wear if run.variant == "restore" else degradation.shrink
+    scale, seed, file = run.plan.scale, run.plan.seed, into / f"{run.name}.safetensors"
+    pools = [
+        Pool(levels, scale, degrade, renewed=_RENEWED[run.variant], seed=1000 * seed)
+        for levels in (learned, _drawings())
+    ]
+    model = make(scale, seed)
+    if run.start:
+        model.load_state_dict(grow(load_file(into / f"{run.start}.safetensors"), scale))
+    learner = Learner(model, run.plan, folder / f"{run.name}.checkpoint")
+    for loss in learner.learn(*pools):
+        logger.info("%s: step %d, loss %.5f, %.0f s", run.name, learner.step, loss, learner.seconds)
+        _write(learner, run, file)
+    model.load_state_dict(learner.mean)
+    decibels = _validate(model, held_out, scale, degrade)
+    logger.info("%s: PSNR %.2f dB on photographs held out", run.name, decibels)
+    _write(learner, run, file, held_out=f"{decibels:.2f} dB")
+
+
+@cache
+def _drawings() -> list[Levels]:
+    return pictures.drawn(pictures.DRAWINGS, pictures.DRAWING_SIDE, seed=0)
+
+
+def _validate(model: Any, held_out: list[Levels], scale: int, degrade: Degrade) -> float:
+    """Give the mean PSNR over all channels of pictures that were not learned from, in dB."""
+    ratios: list[float] = []
+    for index, levels in enumerate(held_out):
+        high = pictures.cut(levels, scale)
+        low = degrade(high, scale, np.random.default_rng(index))
+        with torch.inference_mode():
+            made = forward(model, pictures.tensor([low]))[0]
+        error = made.clamp(0, 1).permute(1, 2, 0).numpy() - high / 255
+        ratios.append(float(-10 * np.log10((error**2).mean())))
+    return float(np.mean(ratios))
+
+
+def _write(learner: Learner, run: Run, file: Path, **more: str) -> None:
+    """Write the mean weights, in float16, which costs nothing that can be seen; how they came to be is written along."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "scale": run.plan.scale,
+        "variant": run.variant,
+        "start": run.start or "",
+        "steps": f"{learner.step} of {run.plan.steps}",
+        "seconds": round(learner.seconds),
+        "seed": run.plan.seed,
+        **more,
+    }
+    tensors = {name: value.to(torch.float16).contiguous() for name, value in learner.mean.items()}
+    save_file(tensors, file, {name: str(fact) for name, fact in facts.items()})
+
+
+if __name__ == "__main__":
+    main()
