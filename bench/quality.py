@@ -159,7 +159,8 @@ def _torchvision_stood_in() -> Generator[None]:
         yield
         return
     torchvision, models = ModuleType("torchvision"), ModuleType("torchvision.models")
-    vars(models).update(vgg16=None, vgg19=None, utils=SimpleNamespace())
+    blocks = dict.fromkeys(("InceptionA", "InceptionC", "InceptionE"), torch.nn.Module)
+    vars(models).update(vgg16=None, vgg19=None, inception=SimpleNamespace(**blocks))
     vars(torchvision).update(models=models)
     sys.modules.update({"torchvision": torchvision, "torchvision.models": models})
     try:

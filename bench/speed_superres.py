@@ -23,13 +23,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 from PIL import Image
 
 from core.options import OutputFormat, UpscaleOptions
+from worker.upscaler.engine import Engine
 from worker.upscaler.picture import Levels, Picture
 from worker.upscaler.plan import output_size
 
@@ -119,35 +119,39 @@ def _lanczos(levels: Levels, scale: int, file: str | None) -> Run:
     return _ours(engines.load("lanczos"), levels, scale, file)
 
 
-def _ours(engine: Any, levels: Levels, scale: int, file: str | None) -> Run:
+def _ours(engine: Engine, levels: Levels, scale: int, file: str | None) -> Run:
     from worker.upscaler import encoding
 
     options, picture = UpscaleOptions(scale_factor=scale), Picture(levels)
     size = output_size(picture.width, picture.height, scale)
 
     def run() -> None:
-        strips = engine.upscale(picture, options, lambda _: None, lambda: False)
+        strips = engine.upscale(picture, options, _ignore, lambda: False)
         if file is None:
             for _ in strips:
                 pass
             return
-        with tempfile.TemporaryDirectory() as folder:
-            encoding.encode(strips, size, OutputFormat(file), options.output_quality, Path(folder) / "result")
+        with tempfile.TemporaryFile(buffering=0) as result:
+            encoding.encode(strips, size, OutputFormat(file), options.output_quality, result).result()
 
     return run
+
+
+def _ignore(_: float) -> None:
+    pass
 
 
 def _untiled(levels: Levels, scale: int, _: str | None) -> Run:
     import torch
 
-    from worker.upscaler.engines import superres
+    from worker.upscaler import checkpoints
 
-    path = superres.own_weights("fidelity", 4 if scale > 2 else 2)
-    model: Any = superres.import_spandrel().ModelLoader(torch.device("cpu")).load_from_file(path)
+    path = checkpoints.own_weights("fidelity", 4 if scale > 2 else 2)
+    model: Any = checkpoints.import_spandrel().ModelLoader(torch.device("cpu")).load_from_file(path)
 
     def run() -> None:
         with torch.inference_mode():
-            planes = torch.from_numpy(levels).permute(2, 0, 1)[None].float() / 255
+            planes: Any = torch.tensor(levels).permute(2, 0, 1)[None] / 255
             (model(planes)[0] * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
 
     return run

@@ -40,10 +40,10 @@ class Run:
 
 
 RUNS = [
-    Run("fidelity-x2", "fidelity", Plan(scale=2, steps=9_000, rate=2e-3, seed=1)),
-    Run("fidelity-x4", "fidelity", Plan(scale=4, steps=6_000, rate=1.5e-3, seed=2), start="fidelity-x2"),
-    Run("restore-x2", "restore", Plan(scale=2, steps=6_000, rate=1e-3, seed=3), start="fidelity-x2"),
-    Run("restore-x4", "restore", Plan(scale=4, steps=5_000, rate=1e-3, seed=4), start="fidelity-x4"),
+    Run("fidelity-x2", "fidelity", Plan(scale=2, steps=16_000, rate=2e-3, seed=1)),
+    Run("fidelity-x4", "fidelity", Plan(scale=4, steps=3_000, rate=1.5e-3, seed=2), start="fidelity-x2"),
+    Run("restore-x2", "restore", Plan(scale=2, steps=2_000, rate=1e-3, seed=3), start="fidelity-x2"),
+    Run("restore-x4", "restore", Plan(scale=4, steps=1_500, rate=1e-3, seed=4), start="fidelity-x4"),
 ]
 
 _RENEWED = {"fidelity": None, "restore": 4_000}
@@ -104,7 +104,7 @@ def _validate(model: Any, held_out: list[Levels], scale: int, degrade: Degrade) 
 
 
 def _write(learner: Learner, run: Run, file: Path, **more: str) -> None:
-    """Write the mean weights, in float16, which costs nothing that can be seen; how they came to be is written along."""
+    """Write the mean weights, in float16, which costs nothing that can be seen, and how they came to be."""
     file.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "scale": run.plan.scale,
@@ -117,6 +117,7 @@ def _write(learner: Learner, run: Run, file: Path, **more: str) -> None:
     }
     tensors = {name: value.to(torch.float16).contiguous() for name, value in learner.mean.items()}
     save_file(tensors, file, {name: str(fact) for name, fact in facts.items()})
+    file.chmod(0o644)  # the library writes it for its owner alone, and it is to be installed
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ _LUMA = (0.299, 0.587, 0.114)
 _ROUNDED = 1e-3
 """Of the loss: about a quarter of a level."""
 
-_PATCHES = 16
-_SIDE = 48
+_PATCHES = 9
+_SIDE = 64
 """Of a patch, in pixels of the input."""
 
 _WARM_UP = 200

@@ -20,6 +20,9 @@ DRAWING_SIDE = 512
 DRAWN_SHARE = 0.15
 """Share of the patches that come from drawings."""
 
+LEAST_SIDE = 256
+"""Shorter side of a picture to learn from: at scale 4 a patch of 64 pixels is as large."""
+
 HELD_OUT = 8
 """Every so manieth photograph is kept for validation."""
 
@@ -126,7 +129,7 @@ def drawn(count: int, side: int, seed: int) -> list[Levels]:
 
 
 def read(folder: Path) -> tuple[list[Levels], list[Levels]]:
-    """Read the photographs in a folder: those to learn from, each also at half its size, and those held out."""
+    """Read the photographs in a folder: those to learn from, large ones also at half their size, and those held out."""
     learned: list[Levels] = []
     held_out: list[Levels] = []
     for index, path in enumerate(sorted(folder.glob("*.png"))):
@@ -135,8 +138,6 @@ def read(folder: Path) -> tuple[list[Levels], list[Levels]]:
             if index % HELD_OUT == HELD_OUT - 1:
                 held_out.append(np.asarray(picture))
                 continue
-            learned.append(np.asarray(picture))
-            half = picture.reduce(2)
-            if min(half.size) >= 256:
-                learned.append(np.asarray(half))
+            sizes = (picture, picture.reduce(2))
+            learned += [np.asarray(image) for image in sizes if min(image.size) >= LEAST_SIDE]
     return learned, held_out

@@ -44,7 +44,7 @@ def test_an_image_goes_from_submission_to_result_and_webhook(stack: Stack, web: 
     image = web.serve("/photo", png(60, 40))
     job_id = _call(stack, "/v2/images/upscale", body_of(image) | {"webhookUrl": web.serve("/hook")})["jobId"]
     job = _finished(stack, job_id)
-    assert (job["status"], job["result"]["engine"]) == ("COMPLETED", "lanczos")
+    assert (job["status"], job["result"]["engine"]) == ("COMPLETED", "superres")
     with urllib.request.urlopen(job["result"]["images"][0]) as response:
         picture = Image.open(BytesIO(response.read()))
     assert picture.size == (120, 80)
@@ -53,6 +53,14 @@ def test_an_image_goes_from_submission_to_result_and_webhook(stack: Stack, web: 
     assert (told["jobId"], told["status"]) == (job_id, "COMPLETED")
     assert told["result"] == job["result"]
     _until(lambda: _call(stack, f"/v2/jobs/{job_id}")["webhookStatus"] == "delivered")
+
+
+def test_a_caller_may_ask_for_superres_by_name_and_for_any_factor(stack: Stack, web: Web) -> None:
+    params = {"image": web.serve("/photo", png(61, 41)), "scale_factor": 2.7}
+    job_id = _call(stack, "/v2/images/upscale", {"model": "superres", "superresParams": params})["jobId"]
+    job = _finished(stack, job_id)
+    assert (job["model"], job["status"], job["result"]["engine"]) == ("superres", "COMPLETED", "superres")
+    assert (job["result"]["width"], job["result"]["height"]) == (165, 111)
 
 
 def test_a_job_submitted_while_redis_is_down_completes_once_it_is_back(stack: Stack, web: Web) -> None:
@@ -83,7 +91,7 @@ def test_a_worker_whose_job_ends_while_redis_is_down_goes_on_once_it_is_back(tmp
         assert _finished(stack, _call(stack, "/v2/images/upscale", request)["jobId"])["status"] == "COMPLETED"
 
 
-def test_the_log_says_once_that_lanczos_stands_in_for_missing_weights(stack: Stack) -> None:
+def test_the_log_says_once_that_superres_stands_in_for_missing_weights(stack: Stack) -> None:
     assert stack.logs is not None
     log = (stack.logs / "worker-1.log").read_text()
     assert log.count("weights") == 1

@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,8 +114,8 @@ def test_a_pth_file_that_would_run_code_is_refused_in_a_sentence_and_runs_nothin
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch announces the end of TorchScript
 def test_a_pth_file_with_a_program_is_refused(tmp_path: Path) -> None:
-    script = torch.jit.script(torch.nn.PReLU())
-    torch.jit.save(script, tmp_path / "network.pth")  # pyright: ignore[reportUnknownMemberType]
+    jit: Any = torch.jit
+    jit.save(jit.script(torch.nn.PReLU()), tmp_path / "network.pth")
     with pytest.raises(DeploymentError, match=r"network\.pth is damaged, .*TorchScript"):
         checkpoints.load(tmp_path / "network.pth", CPU)
 

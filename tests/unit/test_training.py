@@ -151,6 +151,7 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path
 @pytest.mark.usefixtures("small")
 def test_a_run_writes_weights_that_say_how_they_came_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.pictures.DRAWINGS", 1)
+    monkeypatch.setattr("training.pictures.LEAST_SIDE", SIDE)
     folder, into = tmp_path / "training", tmp_path / "networks"
     (folder / "photographs").mkdir(parents=True)
     for index in range(8):

@@ -142,11 +142,6 @@ class _Stream:
         while not self._ended:
             self._next()
 
-    def check(self) -> None:
-        """Raise ValueError unless the picture was whole, and there was no more of it."""
-        if self._rows != self._size.height:
-            raise ValueError(f"The strips have {self._rows} rows, and not {self._size.height}.")
-
     def _next(self) -> Picture | None:
         strip = self._strips.get()
         if strip is None:
@@ -166,7 +161,8 @@ class _Stream:
             for top in range(0, strip.height, step):
                 yield _chunk(b"IDAT", deflate.compress(self._samples(strip, slice(top, top + step), alpha=alpha)))
             strip = self._next()
-        self.check()
+        if self._rows != self._size.height:
+            raise ValueError(f"The strips have {self._rows} rows, and not {self._size.height}.")
         yield _chunk(b"IDAT", deflate.flush()) + _chunk(b"IEND", b"")
 
     def _samples(self, strip: Picture, rows: slice, *, alpha: bool) -> memoryview:
@@ -196,7 +192,6 @@ def _save(stream: _Stream, size: Size, output_format: OutputFormat, quality: int
         raise stream.fault or _translated(error) from error
     finally:
         stream.drain()
-    stream.check()
 
 
 def _write(stream: _Stream, size: Size, output_format: OutputFormat, quality: int, file: BinaryIO) -> None:
