@@ -65,7 +65,7 @@ def architecture(name: str) -> Weights:
     """Weights of one of the `ARCHITECTURES`, as its authors begin with."""
     import_spandrel()
     module = importlib.import_module(f"spandrel.architectures.{name}")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
         torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
         network = getattr(module, name)(**ARCHITECTURES[name])
     return {key: values.clone() for key, values in network.state_dict().items()}
