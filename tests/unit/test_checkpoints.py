@@ -29,16 +29,16 @@ CPU = torch.device("cpu")
 
 SHIPPED = Path(checkpoints.__file__).with_name("networks")
 
-Load = Callable[[Weights], Network]
+Load = Callable[..., Network]
 
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
     """Save weights as a checkpoint, and load it."""
 
-    def load(weights: Weights) -> Network:
+    def load(weights: Weights, precision: checkpoints.Precision = "auto") -> Network:
         save_file(weights, tmp_path / "network.safetensors")
-        return checkpoints.load(tmp_path / "network.safetensors", CPU)
+        return checkpoints.load(tmp_path / "network.safetensors", CPU, precision)
 
     return load
 
@@ -55,8 +55,9 @@ def _enlarged(network: Network, rgb: Levels) -> Levels:
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of spandrel's copies of the authors' code
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_published_architectures_are_recognised_and_enlarge(load: Load, name: str) -> None:
-    network = load(architecture(name))
-    assert (type(network), network.scale) == (Tiled, 2)
+    network = load(architecture(name), "bf16")
+    assert isinstance(network, Tiled)
+    assert (network.scale, network.mixed) == (2, True)
     assert _enlarged(network, _noise(70, 9)).shape == (18, 140, 3)
 
 
@@ -157,6 +158,15 @@ def test_a_processor_takes_bfloat16_where_it_computes_with_it(
     network = load(compact(2))
     assert isinstance(network, Compact)
     assert network.dtype is dtype
+
+
+def test_in_bfloat16_other_networks_multiply_only(load: Load) -> None:
+    rgb = _noise(30, 30)
+    exact, mixed = (load(architecture("RCAN"), precision) for precision in ("fp32", "bf16"))
+    assert isinstance(mixed, Tiled)
+    assert mixed.dtype is torch.float32
+    away = np.abs(_enlarged(exact, rgb).astype(int) - _enlarged(mixed, rgb))
+    assert 0 < away.max() < 16
 
 
 @pytest.mark.parametrize(

@@ -407,6 +407,13 @@ def test_progress_never_falls_and_ends_with_1(engine: Superres, monkeypatch: pyt
     assert (seen[0] < 0.1, seen[-1]) == (True, 1.0)
 
 
+def test_small_tiles_make_more_strips(engine: Superres) -> None:
+    picture = Picture(_noise(1024, 129))
+    options = (UpscaleOptions(small_tiles=small) for small in (False, True))
+    few, many = (len(list(engine.upscale(picture, one, lambda _: None, lambda: False))) for one in options)
+    assert few < many
+
+
 def test_a_job_that_is_to_stop_stops(engine: Superres) -> None:
     with pytest.raises(Stopped):
         list(engine.upscale(Picture(_noise(3, 7)), UpscaleOptions(), lambda _: None, lambda: True))

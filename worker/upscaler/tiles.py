@@ -56,6 +56,7 @@ class Tiled:
         """Take a network; `mixed` lets it multiply in bfloat16, and keep what it adds and normalises in float32."""
         self.scale = model.scale
         self.mixed = mixed
+        self.dtype = model.dtype
         self._model = model
 
     def enlarge(
