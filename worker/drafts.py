@@ -4,6 +4,7 @@ import io
 import os
 import tempfile
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import BinaryIO
 
 import anyio.to_thread
@@ -32,9 +33,9 @@ class Draft:
 
     def open(self) -> io.BufferedReader:
         """Open it to be read from its beginning, whoever else reads it."""
-        # A copy of the descriptor would share its position. Opened by its number it also has no name to be told.
-        reader = os.fdopen(os.open(f"/dev/fd/{self.file.fileno()}", os.O_RDONLY), "rb")
-        reader.seek(0)  # where opening it is to copy the descriptor
+        # On Linux this opens it anew; a copy of the descriptor, which others make of it, shares its position.
+        reader = Path(f"/dev/fd/{self.file.fileno()}").open("rb")  # noqa: SIM115 - whoever asked closes it
+        reader.seek(0)
         return reader
 
     async def blocks(self) -> AsyncGenerator[bytes]:

@@ -169,7 +169,7 @@ def _wait_for(holds: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("output_format", OutputFormat)
 @pytest.mark.parametrize("strips", [0, 1, 5])
 def test_an_error_among_the_strips_is_raised_as_it_is_and_leaves_no_thread(
-    capfd: pytest.CaptureFixture[str], output_format: OutputFormat, strips: int
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, output_format: OutputFormat, strips: int
 ) -> None:
     def failing() -> Iterator[Picture]:
         yield from _strips(Picture(_pixels(strips * 8, 64, 3)), 8) if strips else ()
@@ -181,6 +181,7 @@ def test_an_error_among_the_strips_is_raised_as_it_is_and_leaves_no_thread(
     assert raised.value is stopped
     _wait_for(lambda: not _encoders())
     assert capfd.readouterr() == ("", "")
+    assert not caplog.records
 
 
 def test_nothing_is_written_any_more_when_an_error_among_the_strips_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,7 +258,10 @@ async def test_a_put_has_no_headers_but_those_of_its_body_and_closes_the_file_th
     file = named.open("rb")
     async with Outbound(LOOPBACK) as outbound:
         await outbound.put(web.serve("/a", status=204), file, "image/webp", 5)
-    assert file.closed
+        refused = named.open("rb")
+        with pytest.raises(UrlNotAllowed):
+            await outbound.put("http://10.0.0.1/a", refused, "image/webp", 5)
+    assert (file.closed, refused.closed) == (True, True)
     (seen,) = web.seen
     assert (seen.method, seen.body == data) == ("PUT", True)
     assert seen.headers == {
