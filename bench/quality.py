@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.options import UpscaleOptions
+from worker.upscaler.checkpoints import Variant
 from worker.upscaler.engine import Engine
 from worker.upscaler.engines import Config, load
 from worker.upscaler.picture import Levels, Picture
@@ -54,7 +55,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scales", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--jpeg", type=int, default=75)
-    parser.add_argument("--variants", nargs="*", default=["fidelity", "restore"])
+    variants = get_args(Variant)
+    parser.add_argument("--variants", nargs="*", choices=variants, default=variants)
     parser.add_argument("--weights", default="", help="another network, beside ours")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -78,7 +80,7 @@ def main() -> None:
                 )
 
 
-def _methods(variants: Sequence[str], weights: str) -> dict[str, Method]:
+def _methods(variants: Sequence[Variant], weights: str) -> dict[str, Method]:
     kernels = {
         "nearest": Image.Resampling.NEAREST,
         BASE: Image.Resampling.BICUBIC,
@@ -86,7 +88,7 @@ def _methods(variants: Sequence[str], weights: str) -> dict[str, Method]:
     }
     methods: dict[str, Method] = {name: partial(_resized, kernel) for name, kernel in kernels.items()}
     for variant in variants:
-        methods[variant] = partial(_upscaled, load("superres", Config(superres_variant=variant)))  # type: ignore[arg-type]
+        methods[variant] = partial(_upscaled, load("superres", Config(superres_variant=variant)))
     if weights:
         methods[Path(weights).stem] = partial(_upscaled, load("superres", Config(superres_weights=weights)))
     return methods

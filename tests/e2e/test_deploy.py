@@ -149,9 +149,10 @@ def test_only_the_api_can_be_reached_and_only_from_this_machine_unless_told_othe
 @pytest.mark.parametrize("name", OURS)
 def test_a_process_of_ours_writes_to_storage_and_tmp_only_and_has_no_powers(name: str) -> None:
     service = SERVICES[name]
-    assert (service["read_only"], service["tmpfs"], service["cap_drop"]) == (True, ["/tmp"], ["ALL"])
-    folder = service["environment"]["UPSCALED_STORAGE_DIR"]
-    assert service["volumes"] == ([] if name == "migrate" else [f"storage:{folder}"])
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    storage = [] if name == "migrate" else [f"storage:{service['environment']['UPSCALED_STORAGE_DIR']}"]
+    in_memory, on_disk = ([], ["/tmp"]) if name == "worker" else (["/tmp"], [])
+    assert (service["tmpfs"], service["volumes"]) == (in_memory, storage + on_disk)
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if name != "migrate"])
