@@ -19,6 +19,7 @@ from safetensors.torch import (
     load_file,  # pyright: ignore[reportUnknownVariableType]
     save_file,  # pyright: ignore[reportUnknownVariableType]
 )
+from torch import Tensor
 
 from training import degradation, photographs, pictures
 from training.learning import Learner, Plan
@@ -37,13 +38,21 @@ class Run:
     variant: str
     plan: Plan
     start: str | None = None
+    shipped: bool = True
+    """Else its weights stay with the checkpoints: others begin with them."""
 
 
 RUNS = [
-    Run("fidelity-x2", "fidelity", Plan(scale=2, steps=16_000, rate=2e-3, seed=1)),
-    Run("fidelity-x4", "fidelity", Plan(scale=4, steps=3_000, rate=1.5e-3, seed=2), start="fidelity-x2"),
-    Run("restore-x2", "restore", Plan(scale=2, steps=2_000, rate=1e-3, seed=3), start="fidelity-x2"),
-    Run("restore-x4", "restore", Plan(scale=4, steps=1_500, rate=1e-3, seed=4), start="fidelity-x4"),
+    Run(
+        "shallow-x2",
+        "fidelity",
+        Plan(scale=2, steps=16_000, rate=2e-3, seed=1, convolutions=16, decay=0.4),
+        shipped=False,
+    ),
+    Run("fidelity-x2", "fidelity", Plan(scale=2, steps=10_000, rate=1e-3, muon=0.01, seed=5), start="shallow-x2"),
+    Run("fidelity-x4", "fidelity", Plan(scale=4, steps=8_000, rate=1e-3, muon=0.01, seed=6), start="fidelity-x2"),
+    Run("restore-x2", "restore", Plan(scale=2, steps=2_500, rate=1e-3, muon=0.01, seed=7), start="fidelity-x2"),
+    Run("restore-x4", "restore", Plan(scale=4, steps=2_000, rate=1e-3, muon=0.01, seed=8), start="fidelity-x4"),
 ]
 
 _RENEWED = {"fidelity": None, "restore": 4_000}
@@ -67,15 +76,15 @@ def train(run: Run, folder: Path, into: Path) -> None:
     """Train one network, or go on with it, and write its weights."""
     learned, held_out = pictures.read(folder / "photographs")
     degrade = degradation.wear if run.variant == "restore" else degradation.shrink
-    scale, seed, file = run.plan.scale, run.plan.seed, into / f"{run.name}.safetensors"
+    plan, scale, file = run.plan, run.plan.scale, _file(run, folder, into)
     pools = [
-        Pool(levels, scale, degrade, renewed=_RENEWED[run.variant], seed=1000 * seed)
+        Pool(levels, scale, degrade, renewed=_RENEWED[run.variant], seed=1000 * plan.seed)
         for levels in (learned, _drawings())
     ]
-    model = make(scale, seed)
+    model = make(scale, plan.seed, plan.convolutions)
     if run.start:
-        model.load_state_dict(grow(load_file(into / f"{run.start}.safetensors"), scale))
-    learner = Learner(model, run.plan, folder / f"{run.name}.checkpoint")
+        model.load_state_dict(grow(_weights(run.start, folder, into), scale, plan.convolutions))
+    learner = Learner(model, plan, folder / f"{run.name}.checkpoint")
     for loss in learner.learn(*pools):
         logger.info("%s: step %d, loss %.5f, %.0f s", run.name, learner.step, loss, learner.seconds)
         _write(learner, run, file)
@@ -83,6 +92,17 @@ def train(run: Run, folder: Path, into: Path) -> None:
     decibels = _validate(model, held_out, scale, degrade)
     logger.info("%s: PSNR %.2f dB on photographs held out", run.name, decibels)
     _write(learner, run, file, held_out=f"{decibels:.2f} dB")
+
+
+def _file(run: Run, folder: Path, into: Path) -> Path:
+    return (into if run.shipped else folder) / f"{run.name}.safetensors"
+
+
+def _weights(name: str, *folders: Path) -> dict[str, Tensor]:
+    for folder in folders:
+        if (file := folder / f"{name}.safetensors").exists():
+            return load_file(file)
+    raise SystemExit(f"{name} comes first: what is to be trained begins with its weights.")
 
 
 @cache

@@ -16,7 +16,7 @@ from torch.nn import functional
 from worker.upscaler.checkpoints import import_spandrel
 
 FEATURES = 48
-CONVOLUTIONS = 16
+CONVOLUTIONS = 22
 
 _NOISE = 0.3
 """How strong the noise is that an inner convolution begins with, of Kaiming's."""
@@ -25,7 +25,7 @@ _LAST = 0.1
 """The same of the last convolution, of PyTorch's: so the first output is little more than the nearest neighbours."""
 
 
-def make(scale: int, seed: int) -> Any:
+def make(scale: int, seed: int, convolutions: int = CONVOLUTIONS) -> Any:
     """Make a network that begins near nearest-neighbour enlargement.
 
     Each inner convolution begins as the identity and a little noise. Measured over 600 steps: 1.8 dB over bicubic,
@@ -34,17 +34,21 @@ def make(scale: int, seed: int) -> Any:
     import_spandrel()
     architecture: Any = importlib.import_module("spandrel.architectures.Compact")
     torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
-    model: Any = architecture.Compact(num_feat=FEATURES, num_conv=CONVOLUTIONS, upscale=scale)
-    convolutions: list[Any] = [layer for layer in model.body if isinstance(layer, nn.Conv2d)]
+    model: Any = architecture.Compact(num_feat=FEATURES, num_conv=convolutions, upscale=scale)
     with torch.no_grad():
-        for layer in convolutions:
+        for layer in model.body[::2]:
             layer.bias.zero_()
-        for layer in convolutions[1:-1]:
-            nn.init.kaiming_normal_(layer.weight, a=0.25)
-            layer.weight.mul_(_NOISE)
-            layer.weight[:, :, 1, 1] += torch.eye(FEATURES)
-        convolutions[-1].weight.mul_(_LAST)
+        for weight in inner(model):
+            nn.init.kaiming_normal_(weight, a=0.25)
+            weight.mul_(_NOISE)
+            weight[:, :, 1, 1] += torch.eye(FEATURES)
+        model.body[-1].weight.mul_(_LAST)
     return model.to(memory_format=torch.channels_last)
+
+
+def inner(model: Any) -> list[nn.Parameter]:
+    """Give the weights of all convolutions but the first and the last."""
+    return [layer.weight for layer in model.body[2:-2:2]]
 
 
 def forward(model: Any, low: Tensor) -> Tensor:
@@ -57,17 +61,44 @@ def forward(model: Any, low: Tensor) -> Tensor:
     return base + functional.pixel_shuffle(features.to(torch.float32), model.upscale)
 
 
-def grow(state: Mapping[str, Tensor], scale: int) -> dict[str, Tensor]:
-    """Give the weights of a network the last layer that `scale` needs, a multiple of their own.
+def grow(state: Mapping[str, Tensor], scale: int, convolutions: int) -> dict[str, Tensor]:
+    """Give a network the last layer that `scale` needs, a multiple of its own, and so many inner convolutions.
 
-    Each output of the old layer becomes a square of equal ones, so that the picture is the same, its pixels enlarged.
+    Each output of the old last layer becomes a square of equal ones, and the new convolutions give what they are given:
+    the picture is the same, its pixels enlarged.
     """
-    last = max(int(name.split(".")[1]) for name in state)
-    grown = dict(state)
-    for name in (f"body.{last}.weight", f"body.{last}.bias"):
-        values = state[name]
-        before, rest = round((len(values) / 3) ** 0.5), values.shape[1:]
-        ratio = scale // before
-        square = values.reshape(3, before, before, *rest).repeat_interleave(ratio, 1).repeat_interleave(ratio, 2)
-        grown[name] = square.reshape(3 * scale**2, *rest)
-    return grown
+    old = _layers(state)
+    layers = [old[0]]
+    for count in range(convolutions):  # the old ones spread evenly among the new
+        before, after = (1 + index * (len(old) - 2) // convolutions for index in (count, count + 1))
+        layers.append(old[before] if after > before else _identity(len(old[0][0, "bias"])))
+    layers.append({key: _squares(values, scale) for key, values in old[-1].items()})
+    return {
+        f"body.{2 * index + part}.{kind}": values
+        for index, layer in enumerate(layers)
+        for (part, kind), values in layer.items()
+    }
+
+
+def _layers(state: Mapping[str, Tensor]) -> list[dict[tuple[int, str], Tensor]]:
+    """Part the weights by convolutions: (0, "weight"), (0, "bias") and of the rectifier behind it (1, "weight")."""
+    places = [(int(name.split(".")[1]), name.split(".")[2], values) for name, values in state.items()]
+    layers: list[dict[tuple[int, str], Tensor]] = [{} for _ in range(1 + max(index for index, _, _ in places) // 2)]
+    for index, kind, values in places:
+        layers[index // 2][index % 2, kind] = values
+    return layers
+
+
+def _identity(features: int) -> dict[tuple[int, str], Tensor]:
+    """Make a convolution and a rectifier that give what they are given."""
+    weight = torch.zeros(features, features, 3, 3)
+    weight[:, :, 1, 1] = torch.eye(features)
+    return {(0, "weight"): weight, (0, "bias"): torch.zeros(features), (1, "weight"): torch.ones(features)}
+
+
+def _squares(values: Tensor, scale: int) -> Tensor:
+    """Repeat each output of a last layer, so that it fills its part of the larger square."""
+    before, rest = round((len(values) / 3) ** 0.5), values.shape[1:]
+    ratio = scale // before
+    square = values.reshape(3, before, before, *rest).repeat_interleave(ratio, 1).repeat_interleave(ratio, 2)
+    return square.reshape(3 * scale**2, *rest)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from training.__main__ import RUNS
 from worker.upscaler.checkpoints import OWN_DIR, import_spandrel
 
-NAMES = [run.name for run in RUNS]
+NAMES = [run.name for run in RUNS if run.shipped]
 MEGABYTE = 10**6
 
 

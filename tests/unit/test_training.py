@@ -99,10 +99,11 @@ def test_a_network_begins_near_the_nearest_neighbours() -> None:
     assert (made - nearest).abs().mean() < 0.1
 
 
-def test_a_grown_network_makes_the_same_picture_with_larger_pixels() -> None:
+@pytest.mark.parametrize("convolutions", [4, 5, 7, 8, 13])
+def test_a_grown_network_makes_the_same_picture_with_larger_pixels(convolutions: int) -> None:
     low = torch.rand(1, 3, 12, 12)
-    model, larger = make(2, 0), make(4, 1)
-    larger.load_state_dict(grow(model.state_dict(), 4))
+    model, larger = make(2, 0, 4), make(4, 1, convolutions)
+    larger.load_state_dict(grow(model.state_dict(), 4, convolutions))
     with torch.inference_mode():
         expected = forward(model, low).repeat_interleave(2, 2).repeat_interleave(2, 3)
         assert torch.allclose(forward(larger, low), expected, atol=1e-4)
@@ -119,17 +120,19 @@ def test_the_loss_counts_errors_of_luma_beside_those_of_colour() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_what_is_learned_is_seen_in_pictures_that_were_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [None, 0.01])
+def test_what_is_learned_is_seen_in_pictures_that_were_not(tmp_path: Path, muon: float | None) -> None:
     high = picture(2, 64)
     low = degradation.shrink(high, 2, np.random.default_rng(0))
 
     def loss(state: Mapping[str, Tensor]) -> float:
-        model = make(2, 0)
+        model = make(2, 0, 4)
         model.load_state_dict(state)
         with torch.inference_mode():
             return float(difference(forward(model, pictures.tensor([low])), pictures.tensor([high])))
 
-    learner = Learner(make(2, 0), Plan(scale=2, steps=60, rate=1e-3, seed=0), tmp_path / "checkpoint")
+    plan = Plan(scale=2, steps=60, rate=1e-3, seed=0, muon=muon)
+    learner = Learner(make(2, 0, 4), plan, tmp_path / "checkpoint")
     before = loss(learner.mean)
     list(learner.learn(pool(), pool()))
     assert loss(learner.mean) < 0.9 * before
@@ -137,12 +140,26 @@ def test_what_is_learned_is_seen_in_pictures_that_were_not(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("small")
-def test_a_training_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    plan = Plan(scale=2, steps=12, rate=1e-3, seed=0)
-    straight = Learner(make(2, 0), plan, tmp_path / "straight")
+def test_muon_moves_the_inner_convolutions_by_orthogonal_steps_and_nothing_else(tmp_path: Path) -> None:
+    model = make(2, 0, 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = Plan(scale=2, steps=4, rate=0.0, seed=0, muon=0.01)
+    list(Learner(model, plan, tmp_path / "checkpoint").learn(pool(), pool()))
+    moved = {name: value - before[name] for name, value in model.state_dict().items() if (value != before[name]).any()}
+    assert sorted(moved) == [f"body.{index}.weight" for index in (2, 4, 6, 8)]
+    for step in moved.values():
+        lengths = np.linalg.svd(step.permute(0, 2, 3, 1).flatten(1).numpy(), compute_uv=False)
+        assert lengths.max() < 2 * np.median(lengths)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("muon", [None, 0.01])
+def test_a_training_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path, muon: float | None) -> None:
+    plan = Plan(scale=2, steps=12, rate=1e-3, seed=0, muon=muon)
+    straight = Learner(make(2, 0, 4), plan, tmp_path / "straight")
     list(straight.learn(pool(), pool()))
-    next(Learner(make(2, 0), plan, tmp_path / "pieces").learn(pool(), pool()))  # what came after that is lost
-    rest = Learner(make(2, 7), plan, tmp_path / "pieces")
+    next(Learner(make(2, 0, 4), plan, tmp_path / "pieces").learn(pool(), pool()))  # what came after that is lost
+    rest = Learner(make(2, 7, 4), plan, tmp_path / "pieces")
     assert rest.step == 4
     list(rest.learn(pool(), pool()))
     assert all(torch.allclose(straight.mean[name], rest.mean[name], atol=1e-6) for name in straight.mean)
@@ -156,9 +173,14 @@ def test_a_run_writes_weights_that_say_how_they_came_to_be(tmp_path: Path, monke
     (folder / "photographs").mkdir(parents=True)
     for index in range(8):
         Image.fromarray(picture(index)).save(folder / "photographs" / f"{index}.png")
-    first = Run("small-x2", "fidelity", Plan(scale=2, steps=4, rate=1e-3, seed=1))
+    first = Run("small-x2", "fidelity", Plan(scale=2, steps=4, rate=1e-3, seed=1, convolutions=2), shipped=False)
     train(first, folder, into)
-    train(Run("small-x4", "restore", Plan(scale=4, steps=4, rate=1e-3, seed=2), start="small-x2"), folder, into)
+    train(
+        Run("small-x4", "restore", Plan(scale=4, steps=4, rate=1e-3, seed=2, convolutions=3), start="small-x2"),
+        folder,
+        into,
+    )
+    assert [file.name for file in into.iterdir()] == ["small-x4.safetensors"]
     opened: Any = safe_open(into / "small-x4.safetensors", "pt")
     with opened as file:
         facts = file.metadata()
@@ -166,3 +188,10 @@ def test_a_run_writes_weights_that_say_how_they_came_to_be(tmp_path: Path, monke
     assert (facts["scale"], facts["variant"], facts["steps"], facts["seed"]) == ("4", "restore", "4 of 4", "2")
     assert facts["held_out"].endswith(" dB")
     assert {value.dtype for value in load_file(into / "small-x4.safetensors").values()} == {torch.float16}
+
+
+def test_a_run_that_begins_with_another_s_weights_says_so_when_there_are_none(tmp_path: Path) -> None:
+    (tmp_path / "photographs").mkdir()
+    late = Run("late-x2", "fidelity", Plan(scale=2, steps=1, rate=1e-3, seed=1), start="early-x2")
+    with pytest.raises(SystemExit, match="early-x2 comes first"):
+        train(late, tmp_path, tmp_path)
