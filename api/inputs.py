@@ -101,7 +101,7 @@ class Inputs:
         key = keys.upload_key(upload_id, format)
         async with self._database.connection() as connection:
             await uploads.record(connection, NewUpload(id=upload_id, api_key_id=caller_id, key=key), self._ttl)
-        await self._storage.write_stream(key, image)
+        await self._storage.write(key, image)
         arrived = ArrivedUpload(
             id=upload_id,
             api_key_id=caller_id,

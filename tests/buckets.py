@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import boto3.session
 from botocore.config import Config
@@ -28,7 +30,7 @@ START_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Bucket:
-    """Where a bucket is, and what opens it."""
+    """Where a bucket is, what opens it, and which place in it is ours."""
 
     endpoint: str
     name: str
@@ -36,12 +38,13 @@ class Bucket:
     secret_access_key: str
     region: str = "us-east-1"
     public_endpoint: str = ""
+    prefix: str = ""
 
-    def settings(self, prefix: str = "") -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return what our settings say of it."""
         return {
             "s3_bucket": self.name,
-            "s3_prefix": prefix,
+            "s3_prefix": self.prefix,
             "s3_endpoint": self.endpoint,
             "s3_public_endpoint": self.public_endpoint,
             "s3_region": self.region,
@@ -50,8 +53,30 @@ class Bucket:
             "s3_addressing": "path",
         }
 
-    def client(self) -> "S3Client":
-        """Return a client to look past our code with."""
+    def names(self) -> list[str]:
+        """List the objects in our place, past our code, without the prefix."""
+        found = self._client.list_objects_v2(Bucket=self.name, Prefix=self.prefix).get("Contents", [])
+        return [object.get("Key", "").removeprefix(self.prefix) for object in found]
+
+    def begun(self) -> list[tuple[str, str]]:
+        """List key and id of the multipart uploads to our place that are neither complete nor aborted."""
+        try:
+            begun = self._client.list_multipart_uploads(Bucket=self.name, Prefix=self.prefix).get("Uploads", [])
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") == "NoSuchUpload":  # rclone, where there was never one
+                return []
+            raise
+        return [(upload.get("Key", ""), upload.get("UploadId", "")) for upload in begun]
+
+    def empty(self) -> None:
+        """Delete all that lies in our place, and all that was begun there."""
+        for name in self.names():
+            self._client.delete_object(Bucket=self.name, Key=self.prefix + name)
+        for key, id in self.begun():
+            self._client.abort_multipart_upload(Bucket=self.name, Key=key, UploadId=id)
+
+    @cached_property
+    def _client(self) -> "S3Client":
         session = boto3.session.Session(self.access_key_id, self.secret_access_key, region_name=self.region)
         config = Config(
             signature_version="s3v4",
@@ -65,6 +90,7 @@ class Bucket:
 @contextmanager
 def open_bucket(folder: Path) -> Generator[Bucket]:
     """Start rclone's S3 server on a folder, unless TEST_S3_ENDPOINT and what goes with it name another server."""
+    prefix = f"tests/{uuid4()}/"
     if endpoint := os.environ.get("TEST_S3_ENDPOINT"):
         yield Bucket(
             endpoint,
@@ -73,6 +99,7 @@ def open_bucket(folder: Path) -> Generator[Bucket]:
             os.environ["TEST_S3_SECRET_ACCESS_KEY"],
             os.environ.get("TEST_S3_REGION", "us-east-1"),
             os.environ.get("TEST_S3_PUBLIC_ENDPOINT", ""),
+            prefix,
         )
         return
     port = free_port()
@@ -83,6 +110,7 @@ def open_bucket(folder: Path) -> Generator[Bucket]:
         "upscaled-tests",
         "a secret of nobody",
         public_endpoint=f"http://localhost:{port}",
+        prefix=prefix,
     )
     (folder / bucket.name).mkdir(parents=True)
     server = [
@@ -112,30 +140,6 @@ def _await_port(port: int, process: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.02)
     raise RuntimeError("rclone did not start")
-
-
-def empty(client: "S3Client", bucket: str, prefix: str) -> None:
-    """Delete all that lies under a prefix, and all that was begun there."""
-    for name in names(client, bucket, prefix):
-        client.delete_object(Bucket=bucket, Key=name)
-    for begun in begun_uploads(client, bucket, prefix):
-        client.abort_multipart_upload(Bucket=bucket, Key=begun[0], UploadId=begun[1])
-
-
-def names(client: "S3Client", bucket: str, prefix: str) -> list[str]:
-    """List the objects under a prefix."""
-    return [found.get("Key", "") for found in client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])]
-
-
-def begun_uploads(client: "S3Client", bucket: str, prefix: str) -> list[tuple[str, str]]:
-    """List key and id of the multipart uploads under a prefix that are neither complete nor aborted."""
-    try:
-        begun = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", [])
-    except ClientError as error:
-        if error.response.get("Error", {}).get("Code") == "NoSuchUpload":  # rclone, where there was never one
-            return []
-        raise
-    return [(upload.get("Key", ""), upload.get("UploadId", "")) for upload in begun]
 
 
 class Pretender:

@@ -86,7 +86,7 @@ class Endings:
         while True:
             try:
                 async with aclosing(draft.blocks()) as blocks:
-                    await self._storage.write_stream(key, blocks)
+                    await self._storage.write(key, blocks)
                 break
             except StorageUnavailable as error:
                 if time.monotonic() > give_up_at or self._lease.drained:

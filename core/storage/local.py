@@ -32,19 +32,16 @@ class LocalStorage:
         self._base_url = public_url + FILES_PATH
         self._secret = secret
 
-    async def write(self, key: str, data: bytes) -> None:
-        await anyio.to_thread.run_sync(self._write, self.path(key), data)
-
-    async def write_stream(self, key: str, chunks: AsyncIterable[bytes]) -> None:
-        await self._stream(key, chunks, overwrite=True)
+    async def write(self, key: str, chunks: AsyncIterable[bytes]) -> None:
+        await self._write(key, chunks, overwrite=True)
 
     async def create(self, key: str, chunks: AsyncIterable[bytes]) -> None:
-        """Do as `write_stream`, but raise UploadExists when there is such an object already."""
+        """Do as `write`, but raise UploadExists when there is such an object already."""
         if await anyio.to_thread.run_sync(self.path(key).exists):
             raise UploadExists("This upload was stored before.")  # before anything is read
-        await self._stream(key, chunks, overwrite=False)
+        await self._write(key, chunks, overwrite=False)
 
-    async def _stream(self, key: str, chunks: AsyncIterable[bytes], *, overwrite: bool) -> None:
+    async def _write(self, key: str, chunks: AsyncIterable[bytes], *, overwrite: bool) -> None:
         part = await anyio.to_thread.run_sync(_Part, self.path(key))
         try:
             async for block in gather(chunks, _BLOCK_BYTES):
@@ -102,16 +99,6 @@ class LocalStorage:
         """Return where `key` lies. Keys are ours or carry our signature, yet none may lead out of the folder."""
         check_key(key)
         return self._folder / key
-
-    @staticmethod
-    def _write(path: Path, data: bytes) -> None:
-        part = _Part(path)
-        try:
-            part.write(data)
-            part.settle(overwrite=True)
-        except BaseException:
-            part.discard()
-            raise
 
     @staticmethod
     def _read(path: Path, max_bytes: int | None) -> bytes:

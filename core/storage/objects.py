@@ -92,11 +92,7 @@ class Storage(Protocol):
     not let us: jobs fail by that, and the operator has to mend it.
     """
 
-    async def write(self, key: str, data: bytes) -> None:
-        """Store all of `data` under `key`, or nothing."""
-        ...
-
-    async def write_stream(self, key: str, chunks: AsyncIterable[bytes]) -> None:
+    async def write(self, key: str, chunks: AsyncIterable[bytes]) -> None:
         """Store all that comes, or nothing; what `chunks` raises is raised, and nothing is kept.
 
         Holds a few megabytes in memory at most, however long the object becomes.

@@ -3,7 +3,6 @@
 Nothing but open_storage imports this module: boto3 is slow to import, and only who has a bucket pays for that.
 """
 
-import io
 import logging
 from collections.abc import AsyncIterable, Callable
 from contextlib import aclosing, closing
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 import anyio
 import anyio.to_thread
-from boto3.s3.transfer import TransferConfig
 from botocore.credentials import ReadOnlyCredentials, RefreshableCredentials
 from botocore.exceptions import ClientError
 
@@ -51,19 +49,11 @@ class S3Storage:
     """A bucket. Callers read, and upload, by URLs that it honours itself.
 
     Args:
-        multipart_bytes: what is longer is sent in parts, several at once.
-        part_bytes: how long a part is; S3 takes none under 5 MiB but the last.
+        part_bytes: what is longer is sent in parts of that size; S3 takes none under 5 MiB but the last.
         attempts: how often a request is made at most before the bucket counts as away.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        multipart_bytes: int = 16 * 1024 * 1024,
-        part_bytes: int = 8 * 1024 * 1024,
-        attempts: int = 3,
-    ) -> None:
+    def __init__(self, settings: Settings, *, part_bytes: int = 8 * 1024 * 1024, attempts: int = 3) -> None:
         bucket = connect(settings, attempts)
         self._client = bucket.client
         self._credentials = bucket.credentials
@@ -71,27 +61,10 @@ class S3Storage:
         self._bucket = settings.s3_bucket
         self._prefix = settings.s3_prefix
         self._encryption = _encryption(settings)
-        self._multipart_bytes = multipart_bytes
         self._part_bytes = part_bytes
-        self._transfer = TransferConfig(
-            multipart_threshold=multipart_bytes + 1, multipart_chunksize=part_bytes, max_concurrency=4
-        )
         self._limiter = anyio.CapacityLimiter(THREADS)  # a bucket that is slow keeps nobody else waiting for a thread
 
-    async def write(self, key: str, data: bytes) -> None:
-        await self._run(self._write, key, data)
-
-    def _write(self, key: str, data: bytes) -> None:
-        failpoints.reach("during_upload")
-        if len(data) <= self._multipart_bytes:
-            self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data, **self._properties(key))
-            return
-        # boto3 sends the parts side by side, and takes them away again when one of them fails.
-        self._client.upload_fileobj(
-            io.BytesIO(data), self._bucket, self._name(key), ExtraArgs=self._properties(key), Config=self._transfer
-        )
-
-    async def write_stream(self, key: str, chunks: AsyncIterable[bytes]) -> None:
+    async def write(self, key: str, chunks: AsyncIterable[bytes]) -> None:
         name, properties = self._name(key), self._properties(key)
         multipart: _Multipart | None = None
         held: bytes | None = None
@@ -105,7 +78,7 @@ class S3Storage:
                         await self._run(multipart.send, held)
                     held = block
             if multipart is None:
-                await self._run(self._write, key, held or b"")
+                await self._run(self._put, name, properties, held or b"")
             else:
                 await self._run(multipart.send, held or b"")
                 await self._run(multipart.complete)
@@ -114,6 +87,10 @@ class S3Storage:
                 with anyio.CancelScope(shield=True):
                     await self._run(multipart.discard)
             raise
+
+    def _put(self, name: str, properties: dict[str, Any], data: bytes) -> None:
+        failpoints.reach("during_upload")
+        self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **properties)
 
     async def read(self, key: str, max_bytes: int | None = None) -> bytes:
         return await self._run(self._read, self._name(key), max_bytes)

@@ -133,7 +133,7 @@ def _config(settings: Settings, attempts: int) -> Config:
         connect_timeout=_CONNECT_SECONDS,
         read_timeout=_READ_SECONDS,
         retries={"mode": "standard", "total_max_attempts": attempts},
-        max_pool_connections=THREADS * 2,  # the parts of one object go side by side
+        max_pool_connections=THREADS,
         tcp_keepalive=True,
     )
 

@@ -1,4 +1,4 @@
-"""Fixtures around an API and a worker inside the test's process."""
+"""Fixtures around an API and a worker inside the test's process, and a bucket."""
 
 import asyncio
 from collections.abc import Callable, Generator
@@ -9,7 +9,10 @@ from starlette.testclient import TestClient
 from api.app import create_app
 from cli.keys import create_key
 from core.settings import Settings
+from core.storage.s3 import S3Storage
+from tests.buckets import Bucket, open_bucket
 from tests.documented import DocumentedClient
+from tests.storages import open_s3
 from worker.upscale import open_worker
 from worker.upscaler.engines import Engines
 from worker.upscaler.engines.lanczos import Lanczos
@@ -43,3 +46,21 @@ def work(settings: Settings) -> Callable[[], int]:
             return worker.work()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Generator[Bucket]:
+    with open_bucket(tmp_path_factory.mktemp("bucket") / "served") as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="session")
+def _opened(bucket: Bucket) -> S3Storage:
+    return open_s3(bucket)
+
+
+@pytest.fixture
+def s3(_opened: S3Storage, bucket: Bucket) -> Generator[S3Storage]:
+    """A storage in the bucket: empty, and emptied again."""
+    yield _opened
+    bucket.empty()

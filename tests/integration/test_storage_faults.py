@@ -2,8 +2,7 @@
 
 import json
 import threading
-from collections.abc import AsyncGenerator, Generator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Generator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
@@ -13,18 +12,16 @@ import pytest
 from botocore.credentials import RefreshableCredentials
 
 from core.errors import DeploymentError, NotFound, StorageRefused, StorageUnavailable, UpscaledError
-from core.settings import load_settings
 from core.storage import open_storage
 from core.storage.s3 import S3Storage
 from core.storage.s3_client import THREADS, translated
 from tests.buckets import Pretender, open_pretender, refusal
+from tests.storages import PART, chunks, later, open_s3, storage_settings
 from tests.web import Reply, Seen
 
 pytestmark = pytest.mark.anyio
 
 KEY = f"uploads/{uuid4()}.png"
-LARGE = 5 * 1024 * 1024 + 1
-"""Two parts, and the second has one byte."""
 
 
 @pytest.fixture
@@ -34,29 +31,7 @@ def pretender() -> Generator[Pretender]:
 
 
 def _open(pretender: Pretender, attempts: int = 1, **given: Any) -> S3Storage:
-    return S3Storage(
-        _settings(**{**pretender.bucket.settings(), **given}),
-        multipart_bytes=LARGE - 1,
-        part_bytes=LARGE - 1,
-        attempts=attempts,
-    )
-
-
-def _settings(**given: Any) -> Any:
-    return load_settings(
-        database_url="postgresql://nowhere/none",
-        redis_url="redis://nowhere",
-        secret_key="a secret of thirty-two characters",
-        **given,
-    )
-
-
-def _later(seconds: float = 60) -> datetime:
-    return datetime.now(UTC) + timedelta(seconds=seconds)
-
-
-async def _large() -> AsyncGenerator[bytes]:
-    yield bytes(LARGE)
+    return open_s3(pretender.bucket, attempts, **given)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +78,7 @@ async def test_what_is_no_whole_answer_counts_as_none(pretender: Pretender, repl
 async def test_somebody_elses_page_counts_as_no_answer_although_it_says_200(pretender: Pretender) -> None:
     pretender.answer = lambda _seen: Reply(200, b"<html>Please log in", {"Content-Type": "text/html"})
     with pytest.raises(StorageUnavailable):
-        await _open(pretender).write_stream(KEY, _large())
+        await _open(pretender).write(KEY, chunks(bytes(PART + 1)))
 
 
 async def test_what_passes_is_asked_again_at_once(pretender: Pretender) -> None:
@@ -112,10 +87,16 @@ async def test_what_passes_is_asked_again_at_once(pretender: Pretender) -> None:
     assert await _open(pretender, attempts=2).read(KEY) == b"picture"
 
 
+async def test_what_fits_into_one_part_is_put_by_one_request(pretender: Pretender) -> None:
+    await _open(pretender).write(KEY, chunks(bytes(PART - 1), b"x"))
+    [seen] = pretender.seen
+    assert (seen.method, seen.path) == ("PUT", f"/{pretender.bucket.name}/{KEY}")
+    assert len(seen.body) == PART
+
+
 @pytest.mark.parametrize("failing", ["a part", "the end"])
-@pytest.mark.parametrize("streamed", [True, False])
 async def test_parts_that_were_sent_are_taken_away_when_a_later_request_fails(
-    pretender: Pretender, failing: str, streamed: bool
+    pretender: Pretender, failing: str
 ) -> None:
     def answer(seen: Seen) -> Reply:
         query = parse_qs(urlsplit(seen.path).query, keep_blank_values=True)
@@ -129,7 +110,7 @@ async def test_parts_that_were_sent_are_taken_away_when_a_later_request_fails(
     pretender.answer = answer
     storage = _open(pretender)
     with pytest.raises(StorageUnavailable):
-        await (storage.write_stream(KEY, _large()) if streamed else storage.write(KEY, bytes(LARGE)))
+        await storage.write(KEY, chunks(bytes(PART + 1)))
     [taken_away] = [seen.path for seen in pretender.seen if seen.method == "DELETE"]
     assert taken_away.endswith(f"/{KEY}?uploadId=it")
 
@@ -169,13 +150,13 @@ async def test_the_bucket_is_asked_to_encrypt_what_it_is_given(
     def asked(seen: Seen) -> dict[str, str]:
         return {name.lower(): value for name, value in seen.headers.items() if "encryption" in name.lower()}
 
-    await storage.write(KEY, b"picture")
+    await storage.write(KEY, chunks(b"picture"))
     assert asked(pretender.seen[-1]) == headers
     pretender.answer = lambda _seen: Reply(200, b"<Result><UploadId>it</UploadId></Result>", {"ETag": '"tag"'})
-    await storage.write_stream(KEY, _large())
+    await storage.write(KEY, chunks(bytes(PART + 1)))
     [begun] = [seen for seen in pretender.seen if seen.path.endswith("?uploads")]
     assert asked(begun) == headers
-    promise = await storage.sign_put(KEY, "image/png", 8, _later())
+    promise = await storage.sign_put(KEY, "image/png", 8, later())
     assert headers.items() <= promise.headers.items()
     assert set(headers) <= set(parse_qs(promise.url)["X-Amz-SignedHeaders"][0].split(";"))
 
@@ -186,7 +167,7 @@ async def test_the_bucket_is_asked_to_encrypt_what_it_is_given(
 async def test_the_bucket_is_told_what_an_object_is_and_how_to_show_it(
     pretender: Pretender, key: str, disposition: str
 ) -> None:
-    await _open(pretender).write(key, b"picture")
+    await _open(pretender).write(key, chunks(b"picture"))
     headers = pretender.seen[-1].headers
     assert headers["Content-Type"] == "image/png"
     assert headers["Content-Disposition"] == disposition
@@ -197,7 +178,7 @@ async def test_the_bucket_is_told_what_an_object_is_and_how_to_show_it(
 async def test_checksums_that_not_every_server_knows_are_sent_on_request_only(
     pretender: Pretender, checksums: str, sent: bool
 ) -> None:
-    await _open(pretender, s3_checksums=checksums).write(KEY, b"picture")
+    await _open(pretender, s3_checksums=checksums).write(KEY, chunks(b"picture"))
     assert any("checksum" in name.lower() for name in pretender.seen[-1].headers) is sent
     assert pretender.seen[-1].headers["Authorization"].startswith("AWS4-HMAC-SHA256 ")
 
@@ -212,7 +193,7 @@ async def test_credentials_of_a_role_are_renewed_beside_other_work(
             "AccessKeyId": "role",
             "SecretAccessKey": "a secret of nobody",
             "Token": "new" if opened else "old",
-            "Expiration": _later(3600 if opened else 60).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "Expiration": later(3600 if opened else 60).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
         if opened:
             renewing.set()
@@ -223,12 +204,12 @@ async def test_credentials_of_a_role_are_renewed_beside_other_work(
     for name, value in _NOBODY.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", pretender.bucket.endpoint + "/role")
-    storage = S3Storage(_settings(s3_bucket="pictures", s3_endpoint=pretender.bucket.endpoint))
+    storage = S3Storage(storage_settings(s3_bucket="pictures", s3_endpoint=pretender.bucket.endpoint))
     opened = True
     urls: list[str] = []
 
     async def make_url() -> None:
-        urls.append(await storage.url(KEY, _later()))
+        urls.append(await storage.url(KEY, later()))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(make_url)
@@ -253,7 +234,7 @@ async def test_credentials_of_a_role_are_renewed_beside_other_work(
 def test_settings_that_contradict_each_other_are_refused_at_the_start(given: dict[str, Any], named: str) -> None:
     pretender = Pretender(1)
     with pytest.raises(DeploymentError, match=named) as raised:
-        open_storage(_settings(**{**pretender.bucket.settings(), **given}))
+        open_storage(storage_settings(**{**pretender.bucket.settings(), **given}))
     assert pretender.bucket.secret_access_key not in str(raised.value)
 
 
@@ -269,7 +250,7 @@ def test_a_bucket_without_credentials_is_refused_at_the_start(monkeypatch: pytes
     for name, value in _NOBODY.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(DeploymentError, match="no credentials"):
-        open_storage(_settings(s3_bucket="pictures"))
+        open_storage(storage_settings(s3_bucket="pictures"))
 
 
 def test_credentials_of_a_role_that_come_too_old_are_waited_for() -> None:

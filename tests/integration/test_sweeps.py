@@ -20,6 +20,7 @@ from db.session import Database
 from db.uploads import ArrivedUpload, NewUpload
 from tests.broker import connect_redis
 from tests.queues import RESULT, Queue
+from tests.storages import chunks
 from worker.sweeps import Sweeper, leading
 
 pytestmark = pytest.mark.anyio
@@ -236,7 +237,7 @@ async def test_of_two_dispatchers_one_sweeps_until_it_ends(
 
 async def _store(settings: Settings, *keys: str) -> None:
     for key in keys:
-        await open_storage(settings).write(key, b"x")
+        await open_storage(settings).write(key, chunks(b"x"))
 
 
 def _stored(settings: Settings) -> set[str]:

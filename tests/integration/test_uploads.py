@@ -339,13 +339,13 @@ def test_a_large_upload_is_neither_gathered_nor_hurried_past_a_slow_storage(
 
 def _slow_down(api: Api, monkeypatch: pytest.MonkeyPatch, ready: threading.Event) -> None:
     """Let the storage take nothing until it is ready."""
-    write_stream = api.parts.storage.write_stream
+    write = api.parts.storage.write
 
     async def wait_and_write(key: str, chunks: AsyncIterable[bytes]) -> None:
         await anyio.to_thread.run_sync(ready.wait)
-        await write_stream(key, chunks)
+        await write(key, chunks)
 
-    monkeypatch.setattr(api.parts.storage, "write_stream", wait_and_write)
+    monkeypatch.setattr(api.parts.storage, "write", wait_and_write)
 
 
 def _stands(read: Callable[[], int]) -> bool:
