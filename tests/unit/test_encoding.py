@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
-import pyvips
 from PIL import Image, JpegImagePlugin
 
 from core.errors import OutOfMemory, OutputTooLarge, Stopped, StorageUnavailable
@@ -22,6 +21,7 @@ from core.options import OutputFormat
 from worker.upscaler import encoding
 from worker.upscaler.decoding import Limits, decode
 from worker.upscaler.encoding import encode, peak_bytes, thumbnail
+from worker.upscaler.libvips import pyvips
 from worker.upscaler.picture import Levels, Picture
 from worker.upscaler.plan import Size
 

@@ -1,6 +1,5 @@
 """Pictures to files, strip by strip, and a look back at a finished file."""
 
-import logging
 import struct
 import threading
 import zlib
@@ -10,10 +9,10 @@ from queue import Queue
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-import pyvips
 
 from core.errors import OutOfMemory, OutputTooLarge, StorageUnavailable
 from core.options import OutputFormat
+from worker.upscaler.libvips import pyvips
 from worker.upscaler.light import to_fractions, to_levels, to_linear
 from worker.upscaler.picture import Levels, Picture
 from worker.upscaler.plan import Size, check_sides
@@ -26,12 +25,6 @@ _OPTIMISED_PIXELS = 1 << 25
 
 _MAX_ASPECT = 16
 """How many times as long as wide a thumbnail is at most."""
-
-# What libvips remembers of one job no other asks for, and beside its one reader and one writer there is no work.
-pyvips.cache_set_max(0)
-cast("Any", pyvips).concurrency_set(1)
-# What it warns of, it then fails by, and that is raised; and it tells of each thread.
-logging.getLogger("pyvips").setLevel(logging.ERROR)
 
 
 def encode(
