@@ -14,14 +14,11 @@ With --out, one picture for each comparison is written: the truth, and what each
 
 import argparse
 import importlib
-import importlib.util
 import io
-import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
@@ -30,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.options import UpscaleOptions
-from worker.upscaler.checkpoints import Variant
+from worker.upscaler.checkpoints import Variant, torchvision_stood_in
 from worker.upscaler.engine import Engine
 from worker.upscaler.engines import Config, load
 from worker.upscaler.picture import Levels, Picture
@@ -49,6 +46,18 @@ FIGURES = ("PSNR-Y", "SSIM", "HaarPSI", "GMSD")
 DETAIL = 192
 """Side of what --out shows of a picture, in pixels of the original."""
 
+_OF_TORCHVISION: Mapping[str, Mapping[str, object]] = {
+    "torchvision": {},
+    "torchvision.models": {
+        "vgg16": None,
+        "vgg19": None,
+        "inception": SimpleNamespace(
+            **dict.fromkeys(("InceptionA", "InceptionC", "InceptionE"), torch.nn.Module),
+        ),
+    },
+}
+"""What piq imports, for measures that have a network."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality")
@@ -62,7 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     originals = [_read(path) for path in sorted(arguments.folder.iterdir()) if path.suffix in {".png", ".jpg", ".webp"}]
     methods = _methods(arguments.variants, arguments.weights)
-    measure = _measure()
+    measure = load_measure()
     for scale in arguments.scales:
         for quality in (None, arguments.jpeg):
             title = f"x{scale}, {'bicubic' if quality is None else f'bicubic and JPEG {quality}'}"
@@ -126,8 +135,9 @@ def _shrunk(high: Levels, scale: int, quality: int | None) -> Levels:
         return np.asarray(compressed.convert("RGB"))
 
 
-def _measure() -> Callable[[Levels, Levels, int], tuple[float, ...]]:
-    with _torchvision_stood_in():
+def load_measure() -> Callable[[Levels, Levels, int], tuple[float, ...]]:
+    """Return what gives the `FIGURES` of a truth, what was made of it, and the width of the border to leave out."""
+    with torchvision_stood_in(_OF_TORCHVISION):
         piq: Any = importlib.import_module("piq")
 
     def measure(high: Levels, made: Levels, scale: int) -> tuple[float, ...]:
@@ -146,29 +156,13 @@ def _measure() -> Callable[[Levels, Levels, int], tuple[float, ...]]:
 
 
 def _planes(levels: Levels) -> Tensor:
-    return torch.tensor(levels.transpose(2, 0, 1)[None].copy(), dtype=torch.float64) / 255
+    # In float64 PyTorch would lay out each window of a convolution in memory, 400 MB for a photograph, each time anew.
+    return torch.tensor(levels.transpose(2, 0, 1)[None].copy(), dtype=torch.float32) / 255
 
 
 def _luma(planes: Tensor) -> Tensor:
     shares = torch.tensor(LUMA, dtype=planes.dtype)[:, None, None]
     return ((planes * shares).sum(dim=1, keepdim=True) + 16) / 255
-
-
-@contextmanager
-def _torchvision_stood_in() -> Generator[None]:
-    """Put a stand-in where torchvision is missing: piq imports it for measures that have a network."""
-    if importlib.util.find_spec("torchvision") is not None:
-        yield
-        return
-    torchvision, models = ModuleType("torchvision"), ModuleType("torchvision.models")
-    blocks = dict.fromkeys(("InceptionA", "InceptionC", "InceptionE"), torch.nn.Module)
-    vars(models).update(vgg16=None, vgg19=None, inception=SimpleNamespace(**blocks))
-    vars(torchvision).update(models=models)
-    sys.modules.update({"torchvision": torchvision, "torchvision.models": models})
-    try:
-        yield
-    finally:
-        del sys.modules["torchvision"], sys.modules["torchvision.models"]
 
 
 def _table(title: str, figures: Mapping[str, Any]) -> str:

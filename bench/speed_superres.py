@@ -50,11 +50,20 @@ def main() -> None:
     if arguments.serve:
         _serve(arguments.serve, arguments.side, arguments.scale, arguments.file)
         return
+    if "untiled" in arguments.methods:
+        _require_network(arguments.scale, parser)
     servers = {name: _Server(name, arguments) for name in arguments.methods}
     for server in servers.values():
         server.ask()
     rounds = [{name: server.ask() for name, server in servers.items()} for _ in range(arguments.rounds)]
     print(_table(rounds, {name: server.end() for name, server in servers.items()}, arguments))
+
+
+def _require_network(scale: int, parser: argparse.ArgumentParser) -> None:
+    from worker.upscaler.checkpoints import OWN_SCALES  # it brings torch, which resampling does without
+
+    if scale not in OWN_SCALES:
+        parser.error(f"no network enlarges by {scale} at once: leave untiled out of --methods")
 
 
 class _Server:
@@ -144,9 +153,9 @@ def _ignore(_: float) -> None:
 def _untiled(levels: Levels, scale: int, _: str | None) -> Run:
     import torch
 
-    from worker.upscaler import checkpoints
+    from worker.upscaler import checkpoints, engines
 
-    path = checkpoints.own_weights("fidelity", 4 if scale > 2 else 2)
+    path = checkpoints.own_weights(engines.DEFAULTS.superres_variant, scale)
     model: Any = checkpoints.import_spandrel().ModelLoader(torch.device("cpu")).load_from_file(path)
 
     def run() -> None:

@@ -45,7 +45,7 @@ class Plan:
     convolutions: int = CONVOLUTIONS
     muon: float | None = None
     """The rate of Muon, which then trains the inner convolutions in Adam's place."""
-    decay: float = 0.6
+    decay: float = 0.4
     """Share of the steps, at the end, over which the rates fall to zero."""
 
 

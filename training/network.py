@@ -16,7 +16,7 @@ from torch.nn import functional
 from worker.upscaler.checkpoints import import_spandrel
 
 FEATURES = 48
-CONVOLUTIONS = 22
+CONVOLUTIONS = 16
 
 _NOISE = 0.3
 """How strong the noise is that an inner convolution begins with, of Kaiming's."""

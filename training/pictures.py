@@ -129,7 +129,7 @@ def drawn(count: int, side: int, seed: int) -> list[Levels]:
 
 
 def read(folder: Path) -> tuple[list[Levels], list[Levels]]:
-    """Read the photographs in a folder: those to learn from, large ones also at half their size, and those held out."""
+    """Read the photographs in a folder: those to learn from, and those held out."""
     learned: list[Levels] = []
     held_out: list[Levels] = []
     for index, path in enumerate(sorted(folder.glob("*.png"))):
@@ -138,6 +138,6 @@ def read(folder: Path) -> tuple[list[Levels], list[Levels]]:
             if index % HELD_OUT == HELD_OUT - 1:
                 held_out.append(np.asarray(picture))
                 continue
-            sizes = (picture, picture.reduce(2))
-            learned += [np.asarray(image) for image in sizes if min(image.size) >= LEAST_SIDE]
+            if min(picture.size) >= LEAST_SIDE:
+                learned.append(np.asarray(picture))
     return learned, held_out

@@ -28,14 +28,13 @@ def run(settings: Settings) -> None:
     """Load the engine and serve hints until SIGTERM; a running job is finished first, or handed back.
 
     Raises:
-        DeploymentError: the engine that the settings name cannot run here.
+        DeploymentError: the engine or the network that the settings name cannot run here.
     """
-    chosen = {field.name: getattr(settings, field.name) for field in fields(engines.Config)}
-    config = engines.Config(**chosen)
-    own = engines.load(settings.engine, config)
+    config = engines.Config(**{field.name: getattr(settings, field.name) for field in fields(engines.Config)})
+    chosen = engines.Engines(engines.load(settings.engine, config), config)
     checker = _load_safety_checker(settings)
-    logger.info("worker started with engine %s", own.name)
-    with open_worker(settings, engines.Engines(own, config), checker) as worker:
+    logger.info("worker started with engine %s", chosen.own.name)
+    with open_worker(settings, chosen, checker) as worker:
         celery = make_celery(settings)
         register(celery, worker)
 

@@ -42,6 +42,7 @@ from core.storage import Storage, is_upload, open_storage
 from db.jobs import Attempt, Result
 from db.session import Database
 from worker.claims import Claims
+from worker.coming import Coming, wait_for
 from worker.drafts import Draft
 from worker.endings import Endings
 from worker.lease import Held, Lease
@@ -126,31 +127,6 @@ class _Stored:
     claimed_at: float
 
 
-class _Coming:
-    """The job that comes next, if it has been asked for."""
-
-    def __init__(self, pool: ThreadPoolExecutor, prepare: Callable[[], _Ready | None], *, begins: bool) -> None:
-        self._pool = pool
-        self._prepare = prepare
-        self._may_begin = begins
-        self._future: Future[_Ready | None] | None = None
-
-    def begin(self) -> None:
-        """Begin to prepare it, unless that has begun or may not begin."""
-        if self._may_begin:
-            self._may_begin = False
-            self._future = self._pool.submit(self._prepare)
-
-    def result(self) -> _Ready | None:
-        """Wait for it; None when there is none."""
-        return self._future and self._future.result()
-
-
-def _await(future: Future[object] | None) -> None:
-    if future is not None:
-        future.result()
-
-
 @contextmanager
 def open_worker(
     settings: Settings, engines: Engines, safety_checker: SafetyChecker | None = None
@@ -228,11 +204,11 @@ class Worker:
                 writing: Future[object] | None = None
                 ready = self._prepare()
                 while ready is not None:
-                    coming = _Coming(ahead, lambda: self._prepare(beside_others=True), begins=not ready.alone)
+                    coming = Coming(ahead, lambda: self._prepare(beside_others=True), begins=not ready.alone)
                     writing = self._run(ready, coming.begin, writing, behind)
                     ready = None if ready.alone else coming.result() or self._prepare(beside_others=True)
                     if ready is None:  # what is being written may hold the last place of its key, or have to be alone
-                        _await(writing)
+                        wait_for(writing)
                         ready = self._prepare()
         finally:
             lost = [held for held in self._lease.held if held not in self._sideline.held]
@@ -262,7 +238,7 @@ class Worker:
     ) -> Future[object] | None:
         """Upscale, and begin to write the result once the one before it is written; return what waits for that."""
         upscaled = self._stage(ready.held, self._upscale, ready, look_ahead)
-        _await(writing)
+        wait_for(writing)
         return None if upscaled is None else behind.submit(self._write, upscaled)
 
     def _stage(self, held: Held, act: Callable[[*Arguments], Value | None], *arguments: *Arguments) -> Value | None:
@@ -343,7 +319,10 @@ class Worker:
         with held.watched():
             report = self._reports.follow(held, look_ahead)
             strips = ready.engine.upscale(picture, options, report, held.should_stop)
-            saving = encoding.encode(strips, size, options.output_format, options.output_quality, draft.file)
+            # The encoder asks, too, as it gets on: when the engine is done a large WebP has yet to be begun.
+            saving = encoding.encode(
+                strips, size, options.output_format, options.output_quality, draft.file, held.should_stop
+            )
             held.move()
             if options.safety_check is not SafetyCheck.OFF and self._safety_checker is not None:
                 saving.result()

@@ -52,6 +52,7 @@ def test_factors_of_superres_are_any_numbers_or_digits_in_strings(
     ("body", "field", "complaint"),
     [
         (superres_body(IMAGE, scale_factor=8.5), f"{PARAMS}.scale_factor", "Input should be less than or equal to 8"),
+        (superres_body(IMAGE, scale_factor=None), f"{PARAMS}.scale_factor", "Input should be a valid number"),
         (superres_body(IMAGE, scale_factor="2x"), f"{PARAMS}.scale_factor", "Input should be a valid number"),
         (superres_body(IMAGE, creativity=0.5), f"{PARAMS}.creativity", "unknown field"),
         (superres_body(IMAGE, prompt="fur"), f"{PARAMS}.prompt", "unknown field"),

@@ -12,7 +12,7 @@ import pytest
 
 from core.errors import DeploymentError
 from core.options import EngineName, UpscaleOptions
-from worker.upscaler import engines
+from worker.upscaler import checkpoints, engines
 from worker.upscaler.engine import Engine
 from worker.upscaler.engines import Config
 from worker.upscaler.picture import Picture
@@ -117,6 +117,34 @@ def test_a_job_gets_the_deployment_s_engine_or_the_one_it_names_which_is_made_on
     assert named.name == "superres"
     assert chosen.choose(UpscaleOptions(engine=EngineName.SUPERRES)) is named
     assert engines.Engines(named).choose(UpscaleOptions(engine=EngineName.SUPERRES)) is named
+
+
+@pytest.mark.parametrize("own", ["lanczos", "elsewhere:Mirror"])
+def test_a_network_of_the_operator_s_that_is_wrong_ends_the_start_whatever_the_engine(own: str) -> None:
+    with pytest.raises(DeploymentError, match=r"^UPSCALED_SUPERRES_WEIGHTS .*gone\.pth does not exist"):
+        engines.Engines(engines.load(own), Config(device="cpu", superres_weights="gone.pth"))
+
+
+def test_superres_is_not_made_before_a_job_asks_for_it_unless_the_operator_chose_a_network(tmp_path: Path) -> None:
+    own = engines.load("lanczos")
+    missing = Config(device="cpu", superres_weights=str(tmp_path / "gone.pth"))
+    assert engines.Engines(own, Config(device="nowhere")).own is own
+    for name in ("clarity", "superres"):
+        read_already = Mirror()
+        read_already.name = name
+        assert engines.Engines(read_already, missing).own is read_already
+
+
+def test_a_job_whose_engine_cannot_run_reads_no_path_and_the_operator_s_log_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoints, "OWN_DIR", tmp_path)
+    chosen = engines.Engines(engines.load("lanczos"), Config(device="cpu"))
+    with pytest.raises(DeploymentError) as refused:
+        chosen.choose(UpscaleOptions(engine=EngineName.SUPERRES))
+    assert str(refused.value) == "The superres engine cannot run here; the service's log says why."
+    (record,) = caplog.records
+    assert str(tmp_path / "restore-x2.safetensors") in record.message
 
 
 def test_an_unknown_choice_is_refused_with_the_choices() -> None:

@@ -1,15 +1,23 @@
-"""The networks that ship with the project: what the model card and spandrel say of them."""
+"""The networks that ship with the project: what they do, and what the model card and spandrel say of them."""
 
+import io
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from training.__main__ import RUNS
+from training.drawings import dead_leaves
+from worker.upscaler import checkpoints
 from worker.upscaler.checkpoints import OWN_DIR, import_spandrel
+from worker.upscaler.picture import Levels
+from worker.upscaler.plan import Size
+from worker.upscaler.strips import Rows
 
 NAMES = [run.name for run in RUNS if run.shipped]
 MEGABYTE = 10**6
@@ -49,3 +57,62 @@ def test_the_model_card_tells_what_the_file_tells(name: str) -> None:
         known["seed"],
         str(round(int(known["seconds"]) / 60)),
     ]
+
+
+# What they have learnt ------------------------------------------------------------------------------------------------
+
+SIDE = 192
+
+
+@pytest.fixture(scope="module")
+def truth() -> Levels:
+    """Draw a picture that training does not: its seeds begin with 0."""
+    return dead_leaves(np.random.default_rng([314159, 1]), SIDE)
+
+
+def shrunk(truth: Levels, scale: int) -> Image.Image:
+    return Image.fromarray(truth).resize((SIDE // scale, SIDE // scale), Image.Resampling.BICUBIC)
+
+
+def compressed(picture: Image.Image) -> Image.Image:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=75)
+    return Image.open(file).convert("RGB")
+
+
+def decibels(truth: Levels, made: Levels, scale: int) -> float:
+    """Return the PSNR without a border as wide as the scale."""
+    inner = slice(scale, -scale)
+    difference = truth[inner, inner].astype(np.float64) - made[inner, inner]
+    return float(20 * np.log10(255) - 10 * np.log10((difference**2).mean()))
+
+
+@pytest.fixture
+def enlarged(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(checkpoints, "OWN_DIR", OWN_DIR)
+
+    def enlarged(variant: checkpoints.Variant, scale: int, picture: Image.Image) -> Levels:
+        networks = checkpoints.load_own(variant, torch.device("cpu"), "fp32")
+        network = next(network for network in networks if network.scale == scale)
+        rows = Rows([np.asarray(picture)], Size(*picture.size))
+        return np.concatenate(list(network.enlarge(rows, lambda: None, lambda _: None)))
+
+    return enlarged
+
+
+@pytest.mark.parametrize(("scale", "gain"), [(2, 4.0), (4, 2.5)])
+def test_fidelity_comes_far_closer_to_a_drawing_than_bicubic(
+    truth: Levels, enlarged: Any, scale: int, gain: float
+) -> None:
+    low = shrunk(truth, scale)
+    bicubic = np.asarray(low.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    assert decibels(truth, enlarged("fidelity", scale, low), scale) > decibels(truth, bicubic, scale) + gain
+
+
+@pytest.mark.parametrize(("scale", "gain"), [(2, 0.8), (4, 0.5)])
+def test_restore_comes_closer_to_a_compressed_drawing_than_fidelity(
+    truth: Levels, enlarged: Any, scale: int, gain: float
+) -> None:
+    low = compressed(shrunk(truth, scale))
+    fidelity, restored = (enlarged(variant, scale, low) for variant in ("fidelity", "restore"))
+    assert decibels(truth, restored, scale) > decibels(truth, fidelity, scale) + gain

@@ -67,8 +67,15 @@ class Compact:
     def peak_bytes(self, width: int, *, small: bool = False) -> int:
         """Tell how much memory a picture of that width takes at most, beside itself and a strip of the output."""
         rows = self._strip_rows(Size(width=width, height=1 << 30), small=small)
-        features = max(len(bias) for _, bias in self.convolutions)
-        return rows * width * (6 * features * self.dtype.itemsize + 16 * self.scale**2)
+        if self.device.type == "cuda":  # its memory is its own: here are the strips alone, and copies on their way
+            return width * rows * 6 * (1 + self.scale**2)
+        channels = [weight.shape[1] for weight, _ in self.convolutions]
+        # Two rows of what goes into each layer are kept, and between two layers lie what goes in, what comes out, that
+        # times the slopes, and what the convolution itself takes.
+        values = 2 * sum(channels) + max(channels) * (4 * rows + 2)
+        # At the end come the last layer, that and its sum with the picture in float32, and the levels.
+        output = 3 * rows * self.scale**2 * (self.dtype.itemsize + 4 + 4 + 1)
+        return width * (values * self.dtype.itemsize + output)
 
     def _strip_rows(self, size: Size, *, small: bool) -> int:
         """Tell how many rows make a strip: the picture and the delay are cut into equal ones."""

@@ -3,14 +3,14 @@
 import struct
 import threading
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import Queue
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from core.errors import OutOfMemory, OutputTooLarge, StorageUnavailable
+from core.errors import OutOfMemory, OutputTooLarge, Stopped, StorageUnavailable
 from core.options import OutputFormat
 from worker.upscaler.libvips import pyvips
 from worker.upscaler.light import to_fractions, to_levels, to_linear
@@ -28,7 +28,12 @@ _MAX_ASPECT = 16
 
 
 def encode(
-    strips: Iterator[Picture], size: Size, output_format: OutputFormat, quality: int, file: BinaryIO
+    strips: Iterator[Picture],
+    size: Size,
+    output_format: OutputFormat,
+    quality: int,
+    file: BinaryIO,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Future[None]:
     """Write a picture whose strips come from top to bottom into an open file, without any metadata.
 
@@ -39,15 +44,19 @@ def encode(
     What `strips` raises is raised as it is, and then nothing is written any more. What is wrong with the file ends
     `strips`, and is raised here or by the future.
 
+    That thread asks `should_stop` at each step that it makes, dozens of them even after the last strip of a large WebP,
+    and never while it waits for strips. The alpha of a WebP is one step, of up to a second for each megapixel.
+
     Raises:
+        Stopped: `should_stop()` answered true.
         OutputTooLarge: the format cannot hold the picture.
         OutOfMemory: the work on the file does not fit.
         StorageUnavailable: the file cannot be written.
-        ValueError: the strips are not those of a picture of that size.
+        ValueError: the strips are not those of a picture of that size, or only some of them have alpha.
     """
     check_sides(size, output_format)
     queue: Queue[Picture | None] = Queue(1)
-    stream = _Stream(queue, size, flat=output_format is OutputFormat.JPG)
+    stream = _Stream(queue, size, should_stop, flat=output_format is OutputFormat.JPG)
     pool = ThreadPoolExecutor(1, "encoder")
     saving = pool.submit(_save, stream, size, output_format, quality, file)
     pool.shutdown(wait=False)
@@ -100,12 +109,15 @@ class _Stream:
     """The strips, as a run of bytes that libvips asks for.
 
     They look like a PNG file that is not compressed: of what libvips can read from a stream, that costs least. It reads
-    by callbacks, and an error that left one would only be printed.
+    and tells of its steps by callbacks, and an error that left one would only be printed.
     """
 
-    def __init__(self, strips: Queue[Picture | None], size: Size, *, flat: bool) -> None:
+    def __init__(
+        self, strips: Queue[Picture | None], size: Size, should_stop: Callable[[], bool], *, flat: bool
+    ) -> None:
         self._strips = strips
         self._size = size
+        self._should_stop = should_stop
         self._flat = flat
         self._blocks = self._file()
         self._left = memoryview(b"")
@@ -114,7 +126,7 @@ class _Stream:
         self.over = threading.Event()
         """Set when no more is read, whether the picture is whole or not."""
         self.fault: Exception | None = None
-        """What has kept it from giving what it was asked for."""
+        """Why it gives no more, or is to be read no more."""
 
     def read(self, count: int) -> bytes | None:
         """Give at most so many bytes, or None for no more."""
@@ -123,11 +135,21 @@ class _Stream:
                 self._left = memoryview(next(self._blocks))
         except StopIteration:
             return None
-        except (MemoryError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, `_save` raises it
             self.fault = error
             return None
         given, self._left = self._left[:count], self._left[count:]
         return bytes(given)
+
+    def look(self, image: Any, _progress: object) -> None:
+        """Have libvips give up at the step that it makes, if it is to."""
+        try:
+            if self.fault is None and self._should_stop():
+                self.fault = Stopped("The encoding was told to stop.")
+        except Exception as error:  # noqa: BLE001 - as above
+            self.fault = error
+        if self.fault is not None:
+            image.set_kill(True)
 
     def drain(self) -> None:
         """Take what else comes, so that whoever gives it need not wait for ever."""
@@ -145,12 +167,15 @@ class _Stream:
 
     def _file(self) -> Iterator[bytes]:
         strip = self._next()
-        alpha = strip is not None and strip.alpha is not None and not self._flat
+        transparent = strip is not None and strip.alpha is not None
+        alpha = transparent and not self._flat
         header = struct.pack(">IIBBBBB", *self._size, 8, 6 if alpha else 2, 0, 0, 0)
         yield b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header)
         deflate = zlib.compressobj(0)
         step = max(1, _BLOCK_PIXELS // self._size.width)
         while strip is not None:
+            if (strip.alpha is not None) != transparent:
+                raise ValueError("Some strips have alpha and some have none.")
             for top in range(0, strip.height, step):
                 yield _chunk(b"IDAT", deflate.compress(self._samples(strip, slice(top, top + step), alpha=alpha)))
             strip = self._next()
@@ -183,6 +208,9 @@ def _save(stream: _Stream, size: Size, output_format: OutputFormat, quality: int
         _write(stream, size, output_format, quality, file)
     except pyvips.Error as error:
         raise stream.fault or _translated(error) from error
+    else:
+        if stream.fault is not None:
+            raise stream.fault
     finally:
         stream.drain()
 
@@ -192,6 +220,8 @@ def _write(stream: _Stream, size: Size, output_format: OutputFormat, quality: in
     source.on_read(stream.read)
     # Without `fail_on` what is missing of a picture would be black.
     image = cast("Any", pyvips.Image).pngload_source(source, access="sequential", fail_on="warning")
+    image.set_progress(True)
+    image.signal_connect("eval", stream.look)
     target = pyvips.Target.new_to_descriptor(file.fileno())
     match output_format:
         case OutputFormat.PNG:

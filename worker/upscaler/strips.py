@@ -28,6 +28,9 @@ class Rows:
     def read(self, span: Span) -> Levels:
         """Return the rows of `span`, one at least, which begins nowhere above the one before."""
         held = next(self._strips) if self._held is None else self._held
+        while self._top + len(held) <= span.start:
+            self._top += len(held)
+            held = next(self._strips)
         held = held[span.start - self._top :]
         self._top = span.start
         parts, count = [held], len(held)

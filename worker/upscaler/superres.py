@@ -6,13 +6,14 @@ from math import ceil, prod
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from core.errors import OutOfMemory
 from worker.upscaler.devices import is_exhaustion
 from worker.upscaler.picture import Levels, Picture
-from worker.upscaler.plan import Size
+from worker.upscaler.plan import Size, spans
 from worker.upscaler.resampling import resample
-from worker.upscaler.strips import Rows, fitted
+from worker.upscaler.strips import FITTED_PIXELS, Rows, fitted
 
 MAX_RUNS = 3
 """How often networks are run on each other's output: three times 2× is the largest scale factor."""
@@ -31,8 +32,9 @@ class Network(Protocol):
     ) -> Iterator[Levels]:
         """Enlarge a picture by `scale`, strip by strip.
 
-        It takes memory for a strip. `check` is called every second or so, `on_progress` hears what fraction is done,
-        and `small` makes do with less memory.
+        It takes memory for a strip. `check` is called before each strip or tile: our own networks make one in a second
+        or less, the heaviest of others may take minutes for it on a processor. `on_progress` hears what fraction is
+        done, and `small` makes do with less memory.
         """
         ...
 
@@ -71,6 +73,8 @@ def enlarge_strips(
     and at the end to `size`; as it is, not in linear light, for so were made the small pictures that such networks
     learn from. A picture that has its size is given as it is, unless the network is one of scale 1.
 
+    What is grey throughout stays so: a network may tint it.
+
     Raises:
         OutOfMemory: a strip does not fit.
     """
@@ -102,8 +106,22 @@ def _strips(
         rows = Rows(fitted(strips, reached, given), given)
         strips = network.enlarge(rows, check, partial(progress.move, index), small=small)
         reached = Size(width=given.width * network.scale, height=given.height * network.scale)
+    if runs and _is_grey(rgb):
+        strips = map(_greyed, strips)
     yield from fitted(strips, reached, size)
     on_progress(1.0)
+
+
+def _is_grey(rgb: Levels) -> bool:
+    """Tell whether red, green and blue are the same everywhere; most colours are found out by the first rows."""
+    step = max(FITTED_PIXELS // rgb.shape[1], 1)
+    parts = (rgb[slice(*span)] for span in spans(len(rgb), step))
+    return all(bool((part[:, :, 1:] == part[:, :, :1]).all()) for part in parts)
+
+
+def _greyed(strip: Levels) -> Levels:
+    """Keep the luma alone, which is exactly the level of what is grey already."""
+    return np.asarray(Image.fromarray(strip).convert("L").convert("RGB"))
 
 
 def _runs(size: Size, wanted: Size, networks: Sequence[Network]) -> list[tuple[Network, Size]]:

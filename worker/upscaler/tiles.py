@@ -133,10 +133,13 @@ class Tiled:
             return self._model(planes.to(self._model.dtype))[0].float()
 
     def peak_bytes(self, width: int, *, small: bool = False) -> int:
-        """Guess how much memory a picture of that width takes at most, beside itself: a tile, and what fades."""
+        """Guess how much memory a picture of that width takes at most, beside itself: a tile, a strip, what fades."""
         tile = self._tile(Size(width=width, height=width), small=small)
-        pixels = tile.width * tile.height * 4 * _FEATURES * 4 + width * (tile.height * 3 + FEATHER_PIXELS * 3 * 4 * 2)
-        return pixels * self.scale**2
+        strip = width * tile.height * 3
+        if self._model.device.type == "cuda":  # its memory is its own
+            return strip * self.scale**2
+        features, fading = tile.width * tile.height * 4 * _FEATURES * 4, width * FEATHER_PIXELS * 3 * 4 * 2
+        return (features + strip + fading) * self.scale**2
 
 
 class _Patch(NamedTuple):

@@ -35,24 +35,39 @@ DEFAULTS = Config()
 
 
 class Engines:
-    """A deployment's own engine, and those that a job may ask for by name, made when one first does."""
+    """A deployment's own engine, and those that a job may ask for by name, made when one first does.
+
+    With a network of the operator's, superres is made at once: a setting that is wrong is to end the start, not a job.
+    """
 
     def __init__(self, own: Engine, config: Config = DEFAULTS) -> None:
+        """Take the deployment's own engine.
+
+        Raises:
+            DeploymentError: the operator's network cannot be used.
+        """
         self.own = own
         self._config = config
         self._named: dict[EngineName, Engine] = {}
+        # Clarity and superres have read it already.
+        if config.superres_weights and own.name not in {"clarity", "superres"}:
+            self._named[EngineName.SUPERRES] = load(EngineName.SUPERRES, config)
 
     def choose(self, options: UpscaleOptions) -> Engine:
         """Return the engine that is to run a job.
 
         Raises:
-            DeploymentError: the job asks for one that cannot run here.
+            DeploymentError: the job asks for one that cannot run here; why, with its settings and files, is in the log.
         """
         name = options.engine
         if name is None or name == self.own.name:
             return self.own
         if name not in self._named:
-            self._named[name] = load(name, self._config)
+            try:
+                self._named[name] = load(name, self._config)
+            except DeploymentError as error:
+                logger.error("a job asks for %s, which cannot run here: %s", name, error)  # noqa: TRY400
+                raise DeploymentError(f"The {name} engine cannot run here; the service's log says why.") from error
         return self._named[name]
 
 

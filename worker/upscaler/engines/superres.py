@@ -41,10 +41,10 @@ def load_networks(config: Config, device: torch.device) -> tuple[Network, ...]:
     """
     if not config.superres_weights:
         return checkpoints.load_own(config.superres_variant, device, config.precision)
-    chosen = Path(config.superres_weights)
-    if not chosen.is_file():
-        raise DeploymentError(f"UPSCALED_SUPERRES_WEIGHTS is {chosen}, and there is no such file.")
-    return (checkpoints.load(chosen, device, config.precision),)
+    try:
+        return (checkpoints.load(Path(config.superres_weights), device, config.precision),)
+    except DeploymentError as error:
+        raise DeploymentError(f"UPSCALED_SUPERRES_WEIGHTS cannot be used: {error}") from error
 
 
 class Superres:
@@ -82,7 +82,9 @@ class Superres:
         if picture.alpha is None:
             yield from map(Picture, colours)
             return
-        alpha = Rows(resample_alpha_strips(picture.alpha, size, check), size)
+        same = size == (picture.width, picture.height)
+        # The colours may come as one strip then, beside which alpha in strips would be gathered, and held twice.
+        alpha = Rows([picture.alpha] if same else resample_alpha_strips(picture.alpha, size, check), size)
         top = 0
         for strip in colours:
             yield Picture(strip, alpha.read(Span(top, top + len(strip))))
