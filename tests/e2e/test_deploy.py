@@ -151,7 +151,7 @@ def test_a_process_of_ours_writes_to_storage_and_tmp_only_and_has_no_powers(name
     service = SERVICES[name]
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
     storage = [] if name == "migrate" else [f"storage:{service['environment']['UPSCALED_STORAGE_DIR']}"]
-    in_memory, on_disk = ([], ["/tmp"]) if name == "worker" else (["/tmp"], [])
+    in_memory, on_disk = ([], ["scratch:/tmp"]) if name == "worker" else (["/tmp"], [])
     assert (service["tmpfs"], service["volumes"]) == (in_memory, storage + on_disk)
 
 

@@ -544,5 +544,6 @@ def test_an_engine_that_is_asked_for_and_cannot_run_fails_its_job_by_that_name_a
     asking, other = (submit(client, upload(client, png(2, 2))) for _ in range(2))
     sql("UPDATE jobs SET options = jsonb_set(options, '{engine}', '\"superres\"') WHERE id = $1", asking)
     assert work() == 2
-    assert _failure(client, asking) == ("FAILED", "deployment", "Its weights are missing.")
+    told = "The superres engine cannot run here; the service's log says why."
+    assert _failure(client, asking) == ("FAILED", "deployment", told)
     assert _finished(client, other)["status"] == "COMPLETED"
