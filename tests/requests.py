@@ -29,6 +29,15 @@ def upload(client: TestClient, data: bytes) -> str:
     return f"upload://{response.json()['id']}"
 
 
+def finished(client: TestClient, job_id: UUID) -> dict[str, Any]:
+    return client.get(f"/v2/jobs/{job_id}").json()
+
+
+def failure(client: TestClient, job_id: UUID) -> tuple[str, str, str]:
+    job = finished(client, job_id)
+    return job["status"], job["errorCode"], job["error"]
+
+
 @cache
 def png(width: int, height: int) -> bytes:
     return encoded(Image.linear_gradient("L").resize((width, height)).convert("RGB"), "PNG")

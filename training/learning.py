@@ -117,7 +117,8 @@ class _Optimiser:
     """Adam (Kingma and Ba, 2015) for all, or with Muon (Jordan et al., 2024) for the inner convolutions.
 
     Muon makes each step of a matrix orthogonal. A convolution is the matrix of its outputs by all that they are made
-    of. Measured on eight photographs after 500 steps from noise: 1.99 dB over bicubic, with Adam alone 1.87.
+    of. Measured after 500 steps from noise, at its rate of 0.02, on eight photographs of the Kodak suite: 1.99 dB over
+    bicubic, with Adam alone 1.87.
     """
 
     def __init__(self, model: Any, plan: Plan) -> None:

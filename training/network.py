@@ -66,8 +66,13 @@ def grow(state: Mapping[str, Tensor], scale: int, convolutions: int) -> dict[str
 
     Each output of the old last layer becomes a square of equal ones, and the new convolutions give what they are given:
     the picture is the same, its pixels enlarged.
+
+    Raises:
+        ValueError: the network has more inner convolutions than that.
     """
     old = _layers(state)
+    if len(old) - 2 > convolutions:
+        raise ValueError(f"A network of {len(old) - 2} inner convolutions cannot be grown to {convolutions}.")
     layers = [old[0]]
     for count in range(convolutions):  # the old ones spread evenly among the new
         before, after = (1 + index * (len(old) - 2) // convolutions for index in (count, count + 1))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -78,8 +77,9 @@ def test_tiles_of_a_network_that_looks_no_further_than_their_rim_are_what_it_giv
 
 @pytest.mark.usefixtures("_small_tiles")
 def test_tiles_of_a_network_that_looks_further_fade_into_each_other(tmp_path: Path) -> None:
-    network, rgb = _load({k: v * 0.7 for k, v in architecture("SPAN").items()}, tmp_path), gradient(150, 150)
-    whole = _whole(cast("Any", network)._model, rgb)  # noqa: SLF001
+    weights, rgb = {k: v * 0.7 for k, v in architecture("SPAN").items()}, gradient(150, 150)
+    network = _load(weights, tmp_path)
+    whole = _whole(checkpoints.import_spandrel().ModelLoader(CPU).load_from_state_dict(weights), rgb)
     assert whole.std() > 1
     assert furthest(ran(network, rgb), whole) <= 1
 

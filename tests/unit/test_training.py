@@ -109,6 +109,11 @@ def test_a_grown_network_makes_the_same_picture_with_larger_pixels(convolutions:
         assert torch.allclose(forward(larger, low), expected, atol=1e-4)
 
 
+def test_no_network_is_grown_to_fewer_convolutions_than_it_has() -> None:
+    with pytest.raises(ValueError, match="5 inner convolutions cannot be grown to 4"):
+        grow(make(2, 0, 5).state_dict(), 2, 4)
+
+
 def test_the_loss_counts_errors_of_luma_beside_those_of_colour() -> None:
     black = torch.zeros(1, 3, 4, 4)
 

@@ -4,9 +4,9 @@ import logging
 import os
 from typing import Any, cast
 
-# By default a thread of libvips that has been idle for 15 seconds ends; when it is given work in the moment in which it
-# decides so, nobody does that work, and whoever waits for it waits for ever (8.18). A pool of a fixed size keeps its
-# threads. A picture takes three: one that reads and two that write. The environment is read when pyvips is imported.
+# By default a thread of libvips that has been idle for 15 seconds ends. Work that it is given in the moment in which it
+# decides so is done by nobody, by what one reads in 8.18, and a worker once waited there for ever. A pool of a
+# fixed size keeps its threads. A picture takes three: one reads and two write. pyvips reads the environment at import.
 os.environ.setdefault("VIPS_MAX_THREADS", "16")
 
 import pyvips
