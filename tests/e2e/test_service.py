@@ -142,25 +142,28 @@ def _serve_and_stop(folder: Path, port: int, after: str) -> str:
     """Run `upscaled serve` until it is up, stop it by a signal, and return its API key."""
     command = [*CLI, "serve", "--folder", str(folder), "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as serve:
-        assert serve.stdout is not None
-        announcement = serve.stdout.readline()
-        assert f"http://127.0.0.1:{port}" in announcement
-        key = next(word for word in announcement.replace(",", " ").split() if word.startswith("upk_"))
-        started = psutil.Process(serve.pid).children(recursive=True)
-        started += [process for process in psutil.process_iter() if str(folder) in _working_folder(process)]
-        names = {process.name() for process in started}
-        serve.send_signal(signal.Signals[after])
-        assert serve.wait(60) == (0 if after == "SIGINT" else 128 + signal.SIGTERM)
+        try:
+            assert serve.stdout is not None
+            announcement = serve.stdout.readline()
+            assert f"http://127.0.0.1:{port}" in announcement
+            key = next(word for word in announcement.replace(",", " ").split() if word.startswith("upk_"))
+            started = psutil.Process(serve.pid).children(recursive=True)
+            started += [process for process in psutil.process_iter() if str(folder) in _ask(process.cwd)]
+            names = {_ask(process.name) for process in started}
+            serve.send_signal(signal.Signals[after])
+            assert serve.wait(60) == (0 if after == "SIGINT" else 128 + signal.SIGTERM)
+        finally:
+            serve.terminate()  # or what fails above would wait for it for ever
     assert {"postgres", "redis-server"} <= names
     _, alive = psutil.wait_procs(started, timeout=5)
     assert alive == []
     return key
 
 
-def _working_folder(process: psutil.Process) -> str:
+def _ask(question: Callable[[], str]) -> str:
     try:
-        return process.cwd()
-    except psutil.Error:
+        return question()
+    except psutil.Error:  # the process is gone already
         return ""
 
 
