@@ -133,8 +133,8 @@ def test_no_failure_of_what_libvips_calls_is_lost(
     def fail(*_: object) -> Any:
         raise ZeroDivisionError
 
-    picture = Picture(noise(64, 64, 3))
-    size = Size(width=64, height=64)
+    picture = Picture(noise(1024, 256, 3))
+    size = Size(width=256, height=1024)
     with unnamed() as file, pytest.raises(ZeroDivisionError):
         encode(iter([picture]), size, OutputFormat.PNG, 90, file, fail).result()
     monkeypatch.setattr(encoding.zlib, "crc32", fail)
