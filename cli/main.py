@@ -185,10 +185,10 @@ def serve(host: str, port: int, folder: Path) -> None:
 
     PostgreSQL and Redis are started too, unless UPSCALED_DATABASE_URL and UPSCALED_REDIS_URL name others.
     """
-    from cli.processes import exit_on_sigterm
+    from cli.processes import exit_on_signals
     from cli.stack import Stack
 
-    exit_on_sigterm()
+    exit_on_signals()
     configure_logging("WARNING")
     with Stack(folder, host=host, port=port) as stack, suppress(KeyboardInterrupt):
         click.echo(f"upscaled is up on {stack.url}, its API key is {stack.key}, its data is in {folder.resolve()}")
@@ -210,10 +210,10 @@ def serve(host: str, port: int, folder: Path) -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"), show_default=True)
 def upscale(image: Path, model: str, scale: float, output_format: str, out: Path) -> None:
     """Upscale one IMAGE through the whole service, started for it and stopped after it."""
-    from cli.processes import exit_on_sigterm
+    from cli.processes import exit_on_signals
     from cli.upscale import upscale_file
 
-    exit_on_sigterm()
+    exit_on_signals()
     upscale_file(image, model, scale, output_format, out)
 
 

@@ -66,6 +66,10 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], patience_seconds: float) 
             process.wait()
 
 
-def exit_on_sigterm() -> None:
-    """Let SIGTERM end this process like Ctrl-C: through every `with`, so that what was started is stopped."""
+def exit_on_signals() -> None:
+    """Let SIGTERM end this process like Ctrl-C: through every `with`, so that what was started is stopped.
+
+    SIGINT too, even if it is ignored, as shells leave it for what a script starts in the background.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))

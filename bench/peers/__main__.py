@@ -29,7 +29,7 @@ from bench.peers.speed import Speed, describe, measure
 from bench.peers.trials import TRIALS, Outcome
 from bench.peers.upscaled import FourWorkers, Upscaled, Waiting
 from bench.peers.venvs import Venv
-from cli.processes import exit_on_sigterm
+from cli.processes import exit_on_signals
 
 ROOT = Path(__file__).parents[2]
 IMAGE_SIDE_PIXELS = 64
@@ -43,7 +43,7 @@ PEERS: Mapping[str, Sequence[type[Peer]]] = {"bentoml": [Bento], "litserve": [Li
 
 def main() -> None:
     """Try, measure, and print two tables."""
-    exit_on_sigterm()
+    exit_on_signals()
     arguments = _arguments()
     makers = {name: _makers(name, arguments.home) for name in arguments.only}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"

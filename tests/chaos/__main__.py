@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cli.processes import exit_on_sigterm
+from cli.processes import exit_on_signals
 from tests.chaos.report import write
 from tests.chaos.run import run
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=None, help="an empty folder for data and logs, which then stay")
     arguments = parser.parse_args()
     seed = random.SystemRandom().randrange(2**32) if arguments.seed is None else arguments.seed
-    exit_on_sigterm()
+    exit_on_signals()
     _say(f"seed {seed}: `python -m tests.chaos --seconds {arguments.seconds:g} --seed {seed}` repeats it")
     with tempfile.TemporaryDirectory(prefix="upscaled-chaos-") as folder:
         outcome = run(seed, arguments.seconds, arguments.keep or Path(folder), apart=arguments.apart, say=_say)

@@ -23,6 +23,7 @@ from tests.web import Web
 
 ROOT = Path(__file__).parents[2]
 CLI = (sys.executable, "-m", "cli.main")
+_IGNORING_INTERRUPTS = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
 QUICK = {
     "UPSCALED_MODELS_DIR": "no-such-folder",  # without weights, even where somebody has installed some
     "UPSCALED_SWEEP_SECONDS": "0.3",
@@ -139,8 +140,8 @@ def test_the_service_keeps_its_data_and_leaves_no_process_behind(tmp_path: Path)
 
 
 def _serve_and_stop(folder: Path, port: int, after: str) -> str:
-    """Run `upscaled serve` until it is up, stop it by a signal, and return its API key."""
-    command = [*CLI, "serve", "--folder", str(folder), "--port", str(port)]
+    """Run `upscaled serve` as a script's `&` does, until it is up, stop it by a signal, and return its API key."""
+    command = [*_IGNORING_INTERRUPTS, *CLI, "serve", "--folder", str(folder), "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as serve:
         try:
             assert serve.stdout is not None
