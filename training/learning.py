@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ _LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue (ITU-R BT.601), of whose luma PSNR-Y speaks."""
 
 _ROUNDED = 1e-3
-"""Of the loss: about a quarter of a level."""
+"""Of the Charbonnier loss: about a quarter of a level."""
+
+_SQUARED = 10.0
+"""By what squares are weighted, so that their gradients are about as long as those of the Charbonnier loss."""
 
 _PATCHES = 8
 _SIDE = 48
@@ -47,6 +50,9 @@ class Plan:
     features: int = FEATURES
     muon: float | None = None
     """The rate of Muon, which then trains the inner convolutions in Adam's place."""
+    loss: Literal["charbonnier", "squares"] = "charbonnier"
+    """Squares are what PSNR speaks of. Measured at scale 4, 500 steps from a trained network on: 0.013 dB better on the
+    photographs held out, 0.025 on eight of the Kodak suite; at scale 2 no better."""
     decay: float = 0.4
     """Share of the steps, at the end, over which the rates fall to zero."""
 
@@ -85,7 +91,7 @@ class Learner:
 
     def _advance(self, low: Tensor, high: Tensor) -> Tensor:
         self.model.zero_grad()
-        loss = difference(forward(self.model, low), high)
+        loss = difference(forward(self.model, low), high, _LOSSES[self.plan.loss])
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
         self._optimiser.advance(_pace(self.step, self.plan))
@@ -158,16 +164,23 @@ def _matrix(values: Tensor) -> Tensor:
     return values.permute(0, 2, 3, 1).view(out, -1)
 
 
-def difference(made: Tensor, wanted: Tensor) -> Tensor:
-    """Compare by the Charbonnier loss, of the colours and of their luma in equal parts."""
+def difference(made: Tensor, wanted: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compare by the loss of the colours and of their luma in equal parts."""
     error = made - wanted
     luma = (error * torch.tensor(_LUMA)[:, None, None]).sum(dim=1)
-    return _charbonnier(error) + _charbonnier(luma)
+    return loss(error) + loss(luma)
 
 
-def _charbonnier(error: Tensor) -> Tensor:
+def charbonnier(error: Tensor) -> Tensor:
     """Charbonnier et al., 1994: the absolute error, rounded off where it is near zero."""
     return (error * error + _ROUNDED**2).sqrt().mean()
+
+
+def squares(error: Tensor) -> Tensor:
+    return (error * error).mean() * _SQUARED
+
+
+_LOSSES = {"charbonnier": charbonnier, "squares": squares}
 
 
 def _pace(step: int, plan: Plan) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 from training import degradation, learning, pictures
 from training.__main__ import Run, train
 from training.drawings import draw
-from training.learning import Learner, Plan, difference
+from training.learning import Learner, Plan, charbonnier, difference, squares
 from training.network import forward, grow, make
 from training.pictures import Pool
 from worker.upscaler.picture import Levels
@@ -127,29 +127,39 @@ def test_the_loss_counts_errors_of_luma_beside_those_of_colour() -> None:
     black = torch.zeros(1, 3, 4, 4)
 
     def off(red: float, green: float, blue: float) -> float:
-        return float(difference(black + torch.tensor([red, green, blue])[:, None, None], black))
+        return float(difference(black + torch.tensor([red, green, blue])[:, None, None], black, charbonnier))
 
     assert off(0.1, 0.1, 0.1) == pytest.approx(0.2, rel=0.01)
     assert off(0.3, 0, 0) < off(0, 0.3, 0)
 
 
+def test_squares_count_few_large_errors_more_than_many_small_ones() -> None:
+    few, many = torch.zeros(100), torch.full((100,), 0.01)
+    few[0] = 1
+    assert charbonnier(few) == pytest.approx(float(charbonnier(many)), rel=0.1)
+    assert squares(few) > 50 * squares(many)
+
+
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("muon", [None, 0.01])
-def test_what_is_learned_is_seen_in_pictures_that_were_not(tmp_path: Path, muon: float | None) -> None:
+@pytest.mark.parametrize(("muon", "loss"), [(None, "charbonnier"), (0.01, "charbonnier"), (None, "squares")])
+def test_what_is_learned_is_seen_in_pictures_that_were_not(
+    tmp_path: Path, muon: float | None, loss: Literal["charbonnier", "squares"]
+) -> None:
     high = picture(2, 64)
     low = degradation.shrink(high, 2, np.random.default_rng(0))
 
-    def loss(state: Mapping[str, Tensor]) -> float:
+    def measure(state: Mapping[str, Tensor]) -> float:
         model = make(2, 0, 4)
         model.load_state_dict(state)
         with torch.inference_mode():
-            return float(difference(forward(model, pictures.tensor([low])), pictures.tensor([high])))
+            made, wanted = forward(model, pictures.tensor([low])), pictures.tensor([high])
+            return float(difference(made, wanted, charbonnier))
 
-    plan = Plan(scale=2, steps=60, rate=1e-3, seed=0, muon=muon)
+    plan = Plan(scale=2, steps=60, rate=1e-3, seed=0, muon=muon, loss=loss)
     learner = Learner(make(2, 0, 4), plan, tmp_path / "checkpoint")
-    before = loss(learner.mean)
+    before = measure(learner.mean)
     list(learner.learn(pool(), pool()))
-    assert loss(learner.mean) < 0.9 * before
+    assert measure(learner.mean) < 0.9 * before
     assert learner.seconds > 0
 
 
