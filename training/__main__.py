@@ -44,15 +44,21 @@ class Run:
 
 RUNS = [
     Run("shallow-x2", "fidelity", Plan(scale=2, steps=16_000, rate=2e-3, seed=1), shipped=False),
+    Run("shallow-x4", "fidelity", Plan(scale=4, steps=3_000, rate=1.5e-3, seed=2), start="shallow-x2", shipped=False),
     Run(
         "fidelity-x2",
         "fidelity",
-        Plan(scale=2, steps=13_500, rate=1e-3, seed=5, convolutions=22, muon=0.01, decay=0.6),
+        Plan(scale=2, steps=16_500, rate=1e-3, seed=5, convolutions=22, muon=0.01, decay=0.6),
         start="shallow-x2",
     ),
-    Run("fidelity-x4", "fidelity", Plan(scale=4, steps=7_000, rate=1.5e-3, seed=2), start="shallow-x2"),
+    Run(
+        "fidelity-x4",
+        "fidelity",
+        Plan(scale=4, steps=27_000, rate=1e-3, seed=6, convolutions=22, features=64, loss="squares", decay=0.9),
+        start="fidelity-x2",
+    ),
     Run("restore-x2", "restore", Plan(scale=2, steps=2_000, rate=1e-3, seed=3), start="shallow-x2"),
-    Run("restore-x4", "restore", Plan(scale=4, steps=1_500, rate=1e-3, seed=4), start="fidelity-x4"),
+    Run("restore-x4", "restore", Plan(scale=4, steps=1_500, rate=1e-3, seed=4), start="shallow-x4"),
 ]
 
 _RENEWED = {"fidelity": None, "restore": 4_000}

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from training.facades import build
 from training.fields import Field, grid, pick_scale, powers, spectrum, streaks
 from training.motifs import FINEST, Point, draw_leaf, draw_motif
 from training.palettes import Colour, choose_colours, contrasting, mapped, rounded
@@ -175,16 +176,28 @@ def fur(random: Generator, side: int) -> Levels:
     return _reduced(random, page, side)
 
 
+def facades(random: Generator, side: int) -> Levels:
+    """Build walls, fences and roofs, now and then behind leaves."""
+    page = _reduced(random, Image.fromarray(build(random, side, side * _FINE)), side)
+    page = np.clip(page + random.uniform(0, 6) * spectrum(random, side)[:, :, None], 0, 255)
+    shown = Image.fromarray(np.round(page).astype(np.uint8))
+    if random.random() < 0.4:
+        front, mask = _fallen(random, side, random.uniform(0.1, 0.5))
+        shown.paste(front, mask=mask)
+    return np.array(shown)
+
+
 KINDS: dict[str, tuple[float, Callable[[Generator, int], Levels]]] = {
-    "dead leaves": (0.40, dead_leaves),
-    "text": (0.16, text),
-    "line art": (0.14, line_art),
-    "gradients": (0.06, gradients),
-    "noise": (0.06, noise),
-    "waves": (0.05, waves),
+    "dead leaves": (0.26, dead_leaves),
+    "facades": (0.25, facades),
+    "text": (0.11, text),
+    "line art": (0.10, line_art),
+    "waves": (0.06, waves),
+    "gradients": (0.05, gradients),
+    "noise": (0.05, noise),
     "weave": (0.04, weave),
     "wood": (0.04, wood),
-    "fur": (0.05, fur),
+    "fur": (0.04, fur),
 }
 """Every kind: its share of the pictures, and who draws it."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from training.drawings import draw
 from worker.upscaler.picture import Levels
 
-DRAWINGS = 96
+DRAWINGS = 128
 """How many pictures the code draws itself."""
 
 DRAWING_SIDE = 512

@@ -36,7 +36,7 @@ def test_no_kind_is_blank(kind: str) -> None:
     assert np.median(deviations) > 15
 
 
-@pytest.mark.parametrize("kind", ["dead leaves", "line art", "gradients", "fur"])
+@pytest.mark.parametrize("kind", ["dead leaves", "facades", "line art", "gradients", "fur"])
 def test_edges_are_smooth(kind: str) -> None:
     """Where a picture goes from one level to another within three pixels, the middle one often lies between."""
     between: list[float] = []
