@@ -48,13 +48,13 @@ RUNS = [
     Run(
         "fidelity-x2",
         "fidelity",
-        Plan(scale=2, steps=16_500, rate=1e-3, seed=5, convolutions=22, muon=0.01, decay=0.6),
+        Plan(scale=2, steps=17_900, rate=1e-3, seed=5, convolutions=22, muon=0.01, decay=0.6),
         start="shallow-x2",
     ),
     Run(
         "fidelity-x4",
         "fidelity",
-        Plan(scale=4, steps=27_000, rate=1e-3, seed=6, convolutions=22, features=64, loss="squares", decay=0.9),
+        Plan(scale=4, steps=24_500, rate=1e-3, seed=6, convolutions=22, features=64, loss="squares", decay=0.9),
         start="fidelity-x2",
     ),
     Run("restore-x2", "restore", Plan(scale=2, steps=2_000, rate=1e-3, seed=3), start="shallow-x2"),
