@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training import degradation, learning, pictures
 from training.__main__ import Run, train
-from training.drawings import draw
+from training.drawings import dead_leaves
 from training.learning import Learner, Plan, charbonnier, difference, squares
 from training.network import forward, grow, make
 from training.pictures import Pool
@@ -39,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def picture(seed: int = 0, side: int = SIDE) -> Levels:
-    return draw(np.random.default_rng(seed), side)
+    return dead_leaves(np.random.default_rng(seed), side)
 
 
 def pool(scale: int = 2, *, renewed: int | None = None, degrade: pictures.Degrade = degradation.shrink) -> Pool:
