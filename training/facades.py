@@ -59,7 +59,7 @@ def _cover(random: Generator, page: Page, seen: tuple[Field, Field], place: Rect
     top, left, high, wide = place
     down, across = seen[0] - top, seen[1] - left
     shade, filled = _pattern(random, down, across)
-    _paint(random, page, shade, filled & (down >= 0) & (down < high) & (across >= 0) & (across < wide))
+    _paint(random, page, shade, filled & _within(down, across, high, wide))
 
 
 def _frame(random: Generator, page: Page, seen: tuple[Field, Field], place: Rectangle) -> None:
@@ -67,12 +67,16 @@ def _frame(random: Generator, page: Page, seen: tuple[Field, Field], place: Rect
     top, left, high, wide = place
     width = pick_scale(random, 1, 8)
     down, across = seen[0] - top + width, seen[1] - left + width
-    board = (down >= 0) & (down < high + 2 * width) & (across >= 0) & (across < wide + 2 * width)
+    board = _within(down, across, high + 2 * width, wide + 2 * width)
     fall = random.uniform(0.5, 3)
-    shadow = (down >= fall) & (down < high + 2 * width + fall) & (across >= fall) & (across < wide + 2 * width + fall)
+    shadow = _within(down - fall, across - fall, high + 2 * width, wide + 2 * width)
     page[shadow & ~board] *= random.uniform(0.3, 0.8)
     shade = np.clip(down / width, 0, 1) * 0.5 + np.clip(across / width, 0, 1) * 0.5
     _paint(random, page, shade.astype(np.float32), board)
+
+
+def _within(down: Field, across: Field, high: float, wide: float) -> Mask:
+    return (down >= 0) & (down < high) & (across >= 0) & (across < wide)
 
 
 def _paint(random: Generator, page: Page, shade: Field, where: Mask) -> None:
@@ -99,10 +103,8 @@ def _slats(random: Generator, down: Field, across: Field) -> Shade:
     phase = along / pick_scale(random, _FINEST_PERIOD, 30) % 1
     gap = random.uniform(0.1, 0.7)
     lit = 1 - np.clip((phase - gap) / (1 - gap), 0, 1) * random.uniform(0, 0.7)
-    open_between = random.random() < 0.4
-    return np.where(phase < gap, np.float32(0), lit).astype(np.float32), phase >= gap if open_between else _everywhere(
-        down
-    )
+    filled = phase >= gap if random.random() < 0.4 else _everywhere(down)
+    return np.where(phase < gap, np.float32(0), lit).astype(np.float32), filled
 
 
 def _bricks(random: Generator, down: Field, across: Field) -> Shade:

@@ -23,7 +23,7 @@ _ROUNDED = 1e-3
 """Of the Charbonnier loss: about a quarter of a level."""
 
 _SQUARED = 10.0
-"""By what squares are weighted, so that their gradients are about as long as those of the Charbonnier loss."""
+"""By what squares are weighted: at scale 4 they are then about as much as the Charbonnier loss."""
 
 _PATCHES = 8
 _SIDE = 48

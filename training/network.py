@@ -71,13 +71,15 @@ def grow(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         ValueError: the other network has more inner convolutions, or more features.
     """
     own, old = _layers(model.state_dict()), _layers(state)
-    (had, features), (has, room) = ((len(layers) - 2, len(layers[0][0, "bias"])) for layers in (old, own))
-    if had > has or features > room:
-        raise ValueError(f"A network of {had} × {features} inner features cannot be grown to {has} × {room}.")
+    (old_depth, old_width), (depth, width) = ((len(layers) - 2, len(layers[0][0, "bias"])) for layers in (old, own))
+    if old_depth > depth or old_width > width:
+        raise ValueError(
+            f"A network of {old_depth} convolutions of {old_width} features cannot be grown to {depth} of {width}."
+        )
     layers = [old[0]]
-    for count in range(has):  # the old ones spread evenly among the new
-        before, after = (1 + index * had // has for index in (count, count + 1))
-        layers.append(old[before] if after > before else _identity(features))
+    for count in range(depth):  # the old ones spread evenly among the new
+        before, after = (1 + index * old_depth // depth for index in (count, count + 1))
+        layers.append(old[before] if after > before else _identity(old_width))
     layers.append({key: _squares(values, model.upscale) for key, values in old[-1].items()})
     return {
         f"body.{2 * index + part}.{kind}": _widen(values, own[index][part, kind])

@@ -119,7 +119,9 @@ def test_new_features_of_a_grown_network_learn_at_once() -> None:
 
 @pytest.mark.parametrize(("convolutions", "features"), [(4, 8), (5, 7)])
 def test_no_network_is_grown_to_what_is_less_than_it_has(convolutions: int, features: int) -> None:
-    with pytest.raises(ValueError, match=f"5 × 8 inner features cannot be grown to {convolutions} × {features}"):
+    with pytest.raises(
+        ValueError, match=f"5 convolutions of 8 features cannot be grown to {convolutions} of {features}"
+    ):
         grow(make(2, 0, 5, 8).state_dict(), make(2, 0, convolutions, features))
 
 
