@@ -8,7 +8,7 @@ training can be judged before its end. The first two networks learn to undo exac
 
 import argparse
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,20 @@ class Run:
     """Else its weights stay with the checkpoints: others begin with them."""
 
 
+_SYMMETRIC = Plan(
+    scale=4,
+    steps=10_500,
+    rate=1e-3,
+    muon=0.01,
+    seed=7,
+    features=64,
+    loss="squares",
+    cut=0.1,
+    side=24,
+    places=1,
+    symmetric=True,
+)
+
 RUNS = [
     Run("shallow-x2", "fidelity", Plan(scale=2, steps=16_000, rate=2e-3, seed=1), shipped=False),
     Run("shallow-x4", "fidelity", Plan(scale=4, steps=3_000, rate=1.5e-3, seed=2), start="shallow-x2", shipped=False),
@@ -51,11 +65,12 @@ RUNS = [
         Plan(scale=2, steps=17_900, rate=1e-3, seed=5, convolutions=22, muon=0.01, decay=0.6),
         start="shallow-x2",
     ),
+    Run("symmetric-x4", "fidelity", _SYMMETRIC, shipped=False),
     Run(
         "fidelity-x4",
         "fidelity",
-        Plan(scale=4, steps=24_500, rate=1e-3, seed=6, convolutions=22, features=64, loss="squares", decay=0.9),
-        start="fidelity-x2",
+        replace(_SYMMETRIC, steps=32_000, rate=6e-4, muon=0.004, seed=8, convolutions=22, side=32, decay=0.95),
+        start="symmetric-x4",
     ),
     Run("restore-x2", "restore", Plan(scale=2, steps=2_000, rate=1e-3, seed=3), start="shallow-x2"),
     Run("restore-x4", "restore", Plan(scale=4, steps=1_500, rate=1e-3, seed=4), start="shallow-x4"),
@@ -84,12 +99,12 @@ def train(run: Run, folder: Path, into: Path) -> None:
     degrade = degradation.wear if run.variant == "restore" else degradation.shrink
     plan, scale, file = run.plan, run.plan.scale, _file(run, folder, into)
     pools = [
-        Pool(levels, scale, degrade, renewed=_RENEWED[run.variant], seed=1000 * plan.seed)
+        Pool(levels, scale, degrade, renewed=_RENEWED[run.variant], seed=1000 * plan.seed, places=plan.places)
         for levels in (learned, _drawings())
     ]
-    model = make(scale, plan.seed, plan.convolutions, plan.features)
+    model = make(scale, plan.seed, plan.convolutions, plan.features, symmetric=plan.symmetric)
     if run.start:
-        model.load_state_dict(grow(_weights(run.start, folder, into), model))
+        model.load_state_dict(grow(_weights(run.start, folder, into), scale, plan.convolutions))
     learner = Learner(model, plan, folder / f"{run.name}.checkpoint")
     for loss in learner.learn(*pools):
         logger.info("%s: step %d, loss %.5f, %.0f s", run.name, learner.step, loss, learner.seconds)

@@ -17,7 +17,7 @@ DRAWINGS = 128
 
 DRAWING_SIDE = 512
 
-DRAWN_SHARE = 0.15
+DRAWN_SHARE = 0.1
 """Share of the patches that come from drawings."""
 
 LEAST_SIDE = 256
@@ -45,12 +45,20 @@ class Pool:
     """Patches of pictures, each picture degraded anew after so many steps, or never."""
 
     def __init__(
-        self, pictures: Sequence[Levels], scale: int, degrade: Degrade, *, renewed: int | None, seed: int
+        self,
+        pictures: Sequence[Levels],
+        scale: int,
+        degrade: Degrade,
+        *,
+        renewed: int | None,
+        seed: int,
+        places: int = 2,
     ) -> None:
         self._sources = [_Source(cut(levels, scale), seed + index) for index, levels in enumerate(pictures)]
         self._scale = scale
         self._degrade = degrade
         self._renewed = renewed
+        self._places = places
         areas = np.array([source.high.shape[0] * source.high.shape[1] for source in self._sources], np.float64)
         self._shares = areas / areas.sum()
 
@@ -62,9 +70,9 @@ class Pool:
         """
         source = self._sources[random.choice(len(self._sources), p=self._shares)]
         low = self._low(source, step)
-        # Of two places the one with more to see: flat ones teach little.
+        # Of some places the one with most to see: flat ones teach little.
         height, width, _ = low.shape
-        places = [(_below(height - side + 1, random), _below(width - side + 1, random)) for _ in range(2)]
+        places = [(_below(height - side + 1, random), _below(width - side + 1, random)) for _ in range(self._places)]
         top, left = max(places, key=lambda place: _contrast(low, *place, side))
         pose = _below(4, random), _below(2, random)
         scale = self._scale

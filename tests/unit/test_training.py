@@ -18,6 +18,7 @@ from training.drawings import dead_leaves
 from training.learning import Learner, Plan, charbonnier, difference, squares
 from training.network import forward, grow, make
 from training.pictures import Pool
+from training.symmetry import Symmetry
 from worker.upscaler.picture import Levels
 
 SIDE = 96
@@ -34,7 +35,7 @@ def one_thread() -> Any:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and small patches, saved often."""
-    for name, value in (("_PATCHES", 2), ("_SIDE", 16), ("_SAVED_EVERY", 4), ("_WARM_UP", 2)):
+    for name, value in (("_PATCHES", 2), ("_SAVED_EVERY", 4), ("_WARM_UP", 2)):
         monkeypatch.setattr(learning, name, value)
 
 
@@ -99,30 +100,82 @@ def test_a_network_begins_near_the_nearest_neighbours() -> None:
     assert (made - nearest).abs().mean() < 0.1
 
 
-@pytest.mark.parametrize("features", [48, 50])
 @pytest.mark.parametrize("convolutions", [4, 5, 7, 8, 13])
-def test_a_grown_network_makes_the_same_picture_with_larger_pixels(convolutions: int, features: int) -> None:
+def test_a_grown_network_makes_the_same_picture_with_larger_pixels(convolutions: int) -> None:
     low = torch.rand(1, 3, 12, 12)
-    model, larger = make(2, 0, 4), make(4, 1, convolutions, features)
-    larger.load_state_dict(grow(model.state_dict(), larger))
+    model, larger = make(2, 0, 4), make(4, 1, convolutions)
+    larger.load_state_dict(grow(model.state_dict(), 4, convolutions))
     with torch.inference_mode():
         expected = forward(model, low).repeat_interleave(2, 2).repeat_interleave(2, 3)
         assert torch.allclose(forward(larger, low), expected, atol=1e-4)
 
 
-def test_new_features_of_a_grown_network_learn_at_once() -> None:
-    larger = make(2, 1, 5, 10)
-    larger.load_state_dict(grow(make(2, 0, 4, 8).state_dict(), larger))
-    forward(larger, torch.rand(1, 3, 12, 12)).mean().backward()  # pyright: ignore[reportUnknownMemberType]
-    assert (larger.body[-1].weight.grad[:, 8:] != 0).any()
+def test_a_symmetric_network_remains_so_when_it_is_grown() -> None:
+    state = grow(make(2, 0, 3, 16, symmetric=True).state_dict(), 4, 5)
+    symmetry = Symmetry(make(4, 0, 5, 16))
+    assert all(torch.allclose(symmetry.project(name, values), values, atol=1e-6) for name, values in state.items())
 
 
-@pytest.mark.parametrize(("convolutions", "features"), [(4, 8), (5, 7)])
-def test_no_network_is_grown_to_what_is_less_than_it_has(convolutions: int, features: int) -> None:
-    with pytest.raises(
-        ValueError, match=f"5 convolutions of 8 features cannot be grown to {convolutions} of {features}"
-    ):
-        grow(make(2, 0, 5, 8).state_dict(), make(2, 0, convolutions, features))
+def test_no_network_is_grown_to_fewer_convolutions_than_it_has() -> None:
+    with pytest.raises(ValueError, match="5 inner convolutions cannot be grown to 4"):
+        grow(make(2, 0, 5).state_dict(), 2, 4)
+
+
+def posed(planes: Tensor, turns: int, mirrored: bool) -> Tensor:
+    turned = planes.rot90(turns, (-2, -1))
+    return turned.flip(-1) if mirrored else turned
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize("scale", [2, 4])
+def test_a_symmetric_network_enlarges_a_picture_alike_in_all_poses(scale: int, turns: int, mirrored: bool) -> None:
+    model = make(scale, 1, 3, 16, symmetric=True)
+    symmetry = Symmetry(model)
+    for name, values in model.state_dict().items():
+        values.copy_(symmetry.project(name, values + 0.05 * torch.randn(values.shape)))
+    low = torch.rand(1, 3, 10, 12)
+    with torch.inference_mode():
+        expected = posed(model(low), turns, mirrored)
+        assert torch.allclose(model(posed(low, turns, mirrored)), expected, atol=1e-5)
+
+
+def test_what_is_added_to_a_colour_is_added_to_what_a_symmetric_network_makes() -> None:
+    model = make(2, 1, 3, 16, symmetric=True)
+    symmetry = Symmetry(model)
+    for name, values in model.state_dict().items():
+        values.copy_(symmetry.project(name, values + 0.05 * torch.randn(values.shape)))
+    low, more = torch.rand(1, 3, 20, 20), torch.tensor([0.1, -0.2, 0.3])[:, None, None]
+    inner = (..., slice(10, -10), slice(10, -10))  # beyond the edge it sees black
+    with torch.inference_mode():
+        assert torch.allclose(model(low + more)[inner], (model(low) + more)[inner], atol=1e-5)
+
+
+def test_a_symmetric_network_begins_with_as_much_noise_as_others() -> None:
+    model, other = make(2, 1, 4, 16, symmetric=True).state_dict(), make(2, 1, 4, 16).state_dict()
+    for name in (name for name, values in model.items() if values.dim() == 4):
+        assert float(model[name].std()) == pytest.approx(float(other[name].std()), rel=0.1)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("muon", [None, 0.01])
+def test_a_symmetric_network_remains_so_while_it_learns(tmp_path: Path, muon: float | None) -> None:
+    model = make(2, 0, 4, 16, symmetric=True)
+    symmetry = Symmetry(model)
+    before = model.body[2].weight.clone()
+    learner = Learner(
+        model, Plan(2, 12, 1e-3, 0, features=16, muon=muon, side=16, symmetric=True), tmp_path / "checkpoint"
+    )
+    list(learner.learn(pool(), pool()))
+    assert (model.body[2].weight != before).any()
+    for state in (model.state_dict(), learner.mean):
+        for name, values in state.items():
+            assert torch.allclose(symmetry.project(name, values), values, atol=1e-6)
+
+
+def test_a_symmetric_network_whose_features_cannot_be_divided_by_eight_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 8 features, not 12"):
+        make(2, 0, 2, 12, symmetric=True)
 
 
 def test_the_loss_counts_errors_of_luma_beside_those_of_colour() -> None:
@@ -157,7 +210,7 @@ def test_what_is_learned_is_seen_in_pictures_that_were_not(
             made, wanted = forward(model, pictures.tensor([low])), pictures.tensor([high])
             return float(difference(made, wanted, charbonnier))
 
-    plan = Plan(scale=2, steps=60, rate=1e-3, seed=0, muon=muon, loss=loss)
+    plan = Plan(scale=2, steps=60, rate=1e-3, seed=0, side=16, muon=muon, loss=loss)
     learner = Learner(make(2, 0, 4), plan, tmp_path / "checkpoint")
     before = measure(learner.mean)
     list(learner.learn(pool(), pool()))
@@ -169,7 +222,7 @@ def test_what_is_learned_is_seen_in_pictures_that_were_not(
 def test_muon_moves_the_inner_convolutions_by_orthogonal_steps_and_nothing_else(tmp_path: Path) -> None:
     model = make(2, 0, 4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = Plan(scale=2, steps=4, rate=0.0, seed=0, muon=0.01)
+    plan = Plan(scale=2, steps=4, rate=0.0, seed=0, side=16, muon=0.01)
     list(Learner(model, plan, tmp_path / "checkpoint").learn(pool(), pool()))
     moved = {name: value - before[name] for name, value in model.state_dict().items() if (value != before[name]).any()}
     assert sorted(moved) == [f"body.{index}.weight" for index in (2, 4, 6, 8)]
@@ -181,7 +234,7 @@ def test_muon_moves_the_inner_convolutions_by_orthogonal_steps_and_nothing_else(
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("muon", [None, 0.01])
 def test_a_training_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path, muon: float | None) -> None:
-    plan = Plan(scale=2, steps=12, rate=1e-3, seed=0, muon=muon)
+    plan = Plan(scale=2, steps=12, rate=1e-3, seed=0, side=16, muon=muon)
     straight = Learner(make(2, 0, 4), plan, tmp_path / "straight")
     list(straight.learn(pool(), pool()))
     next(Learner(make(2, 0, 4), plan, tmp_path / "pieces").learn(pool(), pool()))  # what came after that is lost
@@ -199,10 +252,14 @@ def test_a_run_writes_weights_that_say_how_they_came_to_be(tmp_path: Path, monke
     (folder / "photographs").mkdir(parents=True)
     for index in range(8):
         Image.fromarray(picture(index)).save(folder / "photographs" / f"{index}.png")
-    first = Run("small-x2", "fidelity", Plan(scale=2, steps=4, rate=1e-3, seed=1, convolutions=2), shipped=False)
+    first = Run(
+        "small-x2", "fidelity", Plan(scale=2, steps=4, rate=1e-3, seed=1, convolutions=2, side=16), shipped=False
+    )
     train(first, folder, into)
     train(
-        Run("small-x4", "restore", Plan(scale=4, steps=4, rate=1e-3, seed=2, convolutions=3), start="small-x2"),
+        Run(
+            "small-x4", "restore", Plan(scale=4, steps=4, rate=1e-3, seed=2, convolutions=3, side=16), start="small-x2"
+        ),
         folder,
         into,
     )
