@@ -8,7 +8,7 @@ training can be judged before its end. The first two networks learn to undo exac
 
 import argparse
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,6 @@ class Run:
     """Else its weights stay with the checkpoints: others begin with them."""
 
 
-_SYMMETRIC = Plan(
-    scale=4,
-    steps=10_500,
-    rate=1e-3,
-    muon=0.01,
-    seed=7,
-    features=64,
-    loss="squares",
-    cut=0.1,
-    side=24,
-    places=1,
-    symmetric=True,
-)
-
 RUNS = [
     Run("shallow-x2", "fidelity", Plan(scale=2, steps=16_000, rate=2e-3, seed=1), shipped=False),
     Run("shallow-x4", "fidelity", Plan(scale=4, steps=3_000, rate=1.5e-3, seed=2), start="shallow-x2", shipped=False),
@@ -65,12 +51,23 @@ RUNS = [
         Plan(scale=2, steps=17_900, rate=1e-3, seed=5, convolutions=22, muon=0.01, decay=0.6),
         start="shallow-x2",
     ),
-    Run("symmetric-x4", "fidelity", _SYMMETRIC, shipped=False),
     Run(
         "fidelity-x4",
         "fidelity",
-        replace(_SYMMETRIC, steps=32_000, rate=6e-4, muon=0.004, seed=8, convolutions=22, side=32, decay=0.95),
-        start="symmetric-x4",
+        Plan(
+            scale=4,
+            steps=17_000,
+            rate=1e-3,
+            muon=0.006,
+            seed=11,
+            features=64,
+            loss="squares",
+            decay=0.95,
+            cut=0.1,
+            side=32,
+            places=1,
+            symmetric=True,
+        ),
     ),
     Run("restore-x2", "restore", Plan(scale=2, steps=2_000, rate=1e-3, seed=3), start="shallow-x2"),
     Run("restore-x4", "restore", Plan(scale=4, steps=1_500, rate=1e-3, seed=4), start="shallow-x4"),

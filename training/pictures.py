@@ -17,7 +17,7 @@ DRAWINGS = 128
 
 DRAWING_SIDE = 512
 
-DRAWN_SHARE = 0.1
+DRAWN_SHARE = 0.15
 """Share of the patches that come from drawings."""
 
 LEAST_SIDE = 256

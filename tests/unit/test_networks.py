@@ -10,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
 from training.__main__ import RUNS
 from training.drawings import dead_leaves
+from training.network import make
+from training.symmetry import Symmetry
 from worker.upscaler import checkpoints
 from worker.upscaler.checkpoints import OWN_DIR, import_spandrel
 from worker.upscaler.picture import Levels
@@ -57,6 +60,14 @@ def test_the_model_card_tells_what_the_file_tells(name: str) -> None:
         known["seed"],
         str(round(int(known["seconds"]) / 60)),
     ]
+
+
+def test_fidelity_at_4_is_symmetric() -> None:
+    weights = load_file(OWN_DIR / "fidelity-x4.safetensors")
+    symmetry = Symmetry(make(4, 0, 16, 64))
+    for name, values in weights.items():
+        whole = values.to(torch.float32)
+        assert torch.allclose(symmetry.project(name, whole), whole, atol=1e-3)
 
 
 # What they have learnt ------------------------------------------------------------------------------------------------
