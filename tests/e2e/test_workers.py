@@ -214,10 +214,11 @@ def _asleep(workers: Sequence[subprocess.Popen[bytes]]) -> Generator[None]:
 def _frozen_postgres(crew: Crew) -> Generator[None]:
     assert crew.stack.postgres is not None
     server = psutil.Process(crew.stack.postgres.pid)
+    server.send_signal(signal.SIGSTOP)  # first: then what ends remains its child, and nothing new begins
     parts = [server, *server.children()]
-    for part in parts:
-        part.send_signal(signal.SIGSTOP)
     try:
+        for part in parts:
+            part.send_signal(signal.SIGSTOP)
         yield
     finally:
         for part in parts:
