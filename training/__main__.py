@@ -3,7 +3,7 @@
     .venv/bin/python -m training [--only NAME …] [--folder FOLDER] [--into FOLDER]
 
 Photographs and checkpoints lie in --folder; what was learned is written into --into with each checkpoint, so that a
-training can be judged before its end. The first two networks learn to undo exact shrinking, the others also to repair.
+training can be judged before its end. The last two networks learn to repair, the others to undo exact shrinking.
 """
 
 import argparse

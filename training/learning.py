@@ -54,13 +54,15 @@ class Plan:
     decay: float = 0.4
     """Share of the steps, at the end, over which the rates fall to zero."""
     cut: float = 0.5
-    """The longest that a gradient may be. Squares make some very long: one patch can throw a training back."""
+    """The longest that a gradient may be. Squares make some very long: most of photographs had
+    0.1, one of drawings 36."""
     side: int = 48
-    """Of a patch, in pixels of the input. Smaller ones teach faster at first: see the model card."""
+    """Of a patch, in pixels of the input. Smaller ones teach faster at first. Measured at scale 4 with symmetric
+    weights, after 90 seconds from noise, on the photographs held out: 0.97 dB over bicubic with 48, 1.00 with 32."""
     places: int = 2
-    """Of a picture, of which a patch shows the most contrasted. At scale 2 one is worse, at scale 4 better."""
+    """Of a picture, of which a patch shows the most contrasted. At scale 4 one was as good or 0.01 dB better."""
     symmetric: bool = False
-    """Whether pose and brightness of a picture are to say nothing to the network."""
+    """Whether the weights are kept to the symmetries of `Symmetry`."""
 
 
 class Learner:
@@ -105,16 +107,15 @@ class Learner:
                 weight.grad.copy_(self._symmetry.project(name, weight.grad))
         nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.cut)
         self._optimiser.advance(_pace(self.step, self.plan))
+        if self._symmetry:  # Adam takes each number's step alone, and Muon rounds
+            for name, value in self.model.state_dict().items():
+                value.copy_(self._symmetry.project(name, value))
         kept = min(_AVERAGED, self.step / (self.step + 10))
         for name, value in self.model.state_dict().items():
             self.mean[name].lerp_(value, 1 - kept)
         return loss.detach()
 
     def _save(self) -> None:
-        if self._symmetry:  # to which the steps of Muon keep but for their rounding
-            for values in (self.model.state_dict(), self.mean):
-                for name, value in values.items():
-                    value.copy_(self._symmetry.project(name, value))
         state: dict[str, Any] = {
             "model": self.model.state_dict(),
             "mean": self.mean,

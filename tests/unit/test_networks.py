@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
-from training.__main__ import RUNS
+from training.__main__ import RUNS, Run
 from training.drawings import dead_leaves
 from training.network import make
 from training.symmetry import Symmetry
@@ -22,7 +22,8 @@ from worker.upscaler.picture import Levels
 from worker.upscaler.plan import Size
 from worker.upscaler.strips import Rows
 
-NAMES = [run.name for run in RUNS if run.shipped]
+SHIPPED = [run for run in RUNS if run.shipped]
+NAMES = [run.name for run in SHIPPED]
 MEGABYTE = 10**6
 
 
@@ -62,12 +63,14 @@ def test_the_model_card_tells_what_the_file_tells(name: str) -> None:
     ]
 
 
-def test_fidelity_at_4_is_symmetric() -> None:
-    weights = load_file(OWN_DIR / "fidelity-x4.safetensors")
-    symmetry = Symmetry(make(4, 0, 16, 64))
-    for name, values in weights.items():
-        whole = values.to(torch.float32)
-        assert torch.allclose(symmetry.project(name, whole), whole, atol=1e-3)
+@pytest.mark.parametrize("run", SHIPPED, ids=NAMES)
+def test_a_file_holds_what_its_run_plans_and_keeps_to_symmetry_where_that_is_planned(run: Run) -> None:
+    weights = load_file(OWN_DIR / f"{run.name}.safetensors")
+    model = make(run.plan.scale, 0, run.plan.convolutions, run.plan.features)
+    model.load_state_dict(weights)
+    symmetry = Symmetry(model) if run.plan.symmetric else None
+    for name, values in model.state_dict().items():
+        assert symmetry is None or torch.allclose(symmetry.project(name, values), values, atol=1e-4)
 
 
 # What they have learnt ------------------------------------------------------------------------------------------------
