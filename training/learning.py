@@ -79,6 +79,8 @@ class Learner:
         self._symmetry = Symmetry(model) if plan.symmetric else None
         if file.exists():
             self._restore()
+        if self._symmetry:
+            self._symmetry.check(model)
 
     def learn(self, photographs: Pool, drawings: Pool) -> Iterator[float]:
         """Go on until all steps are done; gives the mean loss each time the state was saved."""

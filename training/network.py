@@ -55,10 +55,10 @@ def make(
 def _make_symmetric(model: Any) -> None:
     symmetry = Symmetry(model)
     for name, values in model.named_parameters():
-        strength = values.std() if values.dim() == 4 else None
-        values.copy_(symmetry.project(name, values))
-        if strength is not None:
-            values.mul_(strength / values.std())  # the mean of noise is weaker
+        shared = symmetry.project(name, values)
+        if values.dim() == 4:
+            shared *= values.std() / shared.std()  # the mean of noise is weaker
+        values.copy_(shared)
 
 
 def inner(model: Any) -> list[nn.Parameter]:

@@ -42,6 +42,16 @@ class Symmetry:
             for name, values in model.named_parameters()
         }
 
+    def check(self, model: Any) -> None:
+        """Make sure that all weights keep to it.
+
+        Raises:
+            ValueError: they do not.
+        """
+        for name, values in model.state_dict().items():
+            if not torch.allclose(self.project(name, values), values, atol=1e-3):
+                raise ValueError(f"A symmetric training cannot begin with weights that are not: {name}.")
+
     def project(self, name: str, values: Tensor) -> Tensor:
         """Give of a parameter, or of its gradient, the part that keeps to it: the mean over all poses."""
         shared = values.contiguous().flatten()[self._places[name]].mean(dim=0).view(values.shape)

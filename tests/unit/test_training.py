@@ -58,6 +58,14 @@ def test_a_patch_and_its_target_show_the_same_place_in_the_same_pose(scale: int)
         assert np.abs(again[inner, inner].astype(int) - low[inner, inner]).mean() < 1
 
 
+def test_of_more_places_a_patch_shows_one_with_more_contrast() -> None:
+    def contrast(places: int) -> float:
+        one = Pool([picture()], 2, degradation.shrink, renewed=None, seed=5, places=places)
+        return float(np.mean([one.sample(12, np.random.default_rng(seed), 0)[0].std() for seed in range(40)]))
+
+    assert contrast(1) < contrast(2) < contrast(8)
+
+
 def test_what_is_sampled_depends_on_generator_and_step_alone() -> None:
     fresh, used = (pool(renewed=10, degrade=degradation.wear) for _ in range(2))
     for step in range(25):
@@ -179,6 +187,21 @@ def test_a_symmetric_network_remains_so_while_it_learns(tmp_path: Path, muon: fl
 def test_a_symmetric_network_whose_features_cannot_be_divided_by_eight_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 8 features, not 12"):
         make(2, 0, 2, 12, symmetric=True)
+
+
+def test_a_symmetric_training_that_would_begin_with_other_weights_is_refused(tmp_path: Path) -> None:
+    plan = Plan(2, 1, 1e-3, 0, features=16, symmetric=True)
+    with pytest.raises(ValueError, match=r"cannot begin with weights that are not: body\.0\.weight"):
+        Learner(make(2, 0, 4, 16), plan, tmp_path / "checkpoint")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("cut", [1e-3, 1e-2])
+def test_no_gradient_is_longer_than_it_may_be(tmp_path: Path, cut: float) -> None:
+    model = make(2, 0, 4)
+    list(Learner(model, Plan(2, 1, 1e-3, 0, cut=cut, side=16), tmp_path / "checkpoint").learn(pool(), pool()))
+    squares = sum(float((weight.grad**2).sum()) for weight in model.parameters())
+    assert squares**0.5 == pytest.approx(cut, rel=1e-3)
 
 
 def test_the_loss_counts_errors_of_luma_beside_those_of_colour() -> None:
