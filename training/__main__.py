@@ -9,7 +9,6 @@ training can be judged before its end. The last two networks learn to repair, th
 import argparse
 import logging
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from training import degradation, photographs, pictures
 from training.learning import Learner, Plan
-from training.network import forward, grow, make
+from training.network import device, forward, grow, make
 from training.pictures import Degrade, Pool
 from worker.upscaler.picture import Levels
 
@@ -43,38 +42,27 @@ class Run:
 
 
 RUNS = [
-    Run("shallow-x2", "fidelity", Plan(scale=2, steps=16_000, rate=2e-3, seed=1), shipped=False),
-    Run("shallow-x4", "fidelity", Plan(scale=4, steps=3_000, rate=1.5e-3, seed=2), start="shallow-x2", shipped=False),
-    Run(
-        "fidelity-x2",
-        "fidelity",
-        Plan(scale=2, steps=17_900, rate=1e-3, seed=5, convolutions=22, muon=0.01, decay=0.6),
-        start="shallow-x2",
-    ),
+    Run("fidelity-x2", "fidelity", Plan(scale=2, steps=12_000, seed=5, convolutions=22)),
+    Run("first-x4", "fidelity", Plan(scale=4, steps=17_000, seed=11, features=64, loss="squares"), shipped=False),
     Run(
         "fidelity-x4",
         "fidelity",
         Plan(
             scale=4,
-            steps=17_000,
-            rate=1e-3,
-            muon=0.006,
-            seed=11,
+            steps=30_000,
+            seed=12,
+            convolutions=22,
             features=64,
+            rate=6e-4,
+            muon=0.004,
             loss="squares",
-            decay=0.95,
-            cut=0.1,
-            side=32,
-            places=1,
-            symmetric=True,
+            side=40,
         ),
+        start="first-x4",
     ),
-    Run("restore-x2", "restore", Plan(scale=2, steps=2_000, rate=1e-3, seed=3), start="shallow-x2"),
-    Run("restore-x4", "restore", Plan(scale=4, steps=1_500, rate=1e-3, seed=4), start="shallow-x4"),
+    Run("restore-x2", "restore", Plan(scale=2, steps=12_000, seed=3)),
+    Run("restore-x4", "restore", Plan(scale=4, steps=5_000, seed=4, rate=6e-4, muon=0.004), start="restore-x2"),
 ]
-
-_RENEWED = {"fidelity": None, "restore": 4_000}
-"""After how many steps a picture is degraded anew, where chance has a part in that."""
 
 
 def main() -> None:
@@ -92,16 +80,15 @@ def main() -> None:
 
 def train(run: Run, folder: Path, into: Path) -> None:
     """Train one network, or go on with it, and write its weights."""
-    learned, held_out = pictures.read(folder / "photographs")
-    degrade = degradation.wear if run.variant == "restore" else degradation.shrink
     plan, scale, file = run.plan, run.plan.scale, _file(run, folder, into)
-    pools = [
-        Pool(levels, scale, degrade, renewed=_RENEWED[run.variant], seed=1000 * plan.seed, places=plan.places)
-        for levels in (learned, _drawings())
-    ]
-    model = make(scale, plan.seed, plan.convolutions, plan.features, symmetric=plan.symmetric)
+    model = make(scale, plan.seed, plan.convolutions, plan.features)
     if run.start:
         model.load_state_dict(grow(_weights(run.start, folder, into), scale, plan.convolutions))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    learned, held_out = pictures.read(folder / "photographs")
+    drawings = pictures.drawn(pictures.DRAWINGS, pictures.DRAWING_SIDE, seed=0)
+    degrade = degradation.wear if run.variant == "restore" else degradation.shrink
+    pools = [Pool(levels, scale, degrade) for levels in (learned, drawings)]
     learner = Learner(model, plan, folder / f"{run.name}.checkpoint")
     for loss in learner.learn(*pools):
         logger.info("%s: step %d, loss %.5f, %.0f s", run.name, learner.step, loss, learner.seconds)
@@ -123,20 +110,16 @@ def _weights(name: str, *folders: Path) -> dict[str, Tensor]:
     raise SystemExit(f"{name} comes first: what is to be trained begins with its weights.")
 
 
-@cache
-def _drawings() -> list[Levels]:
-    return pictures.drawn(pictures.DRAWINGS, pictures.DRAWING_SIDE, seed=0)
-
-
 def _validate(model: Any, held_out: list[Levels], scale: int, degrade: Degrade) -> float:
     """Give the mean PSNR over all channels of pictures that were not learned from, in dB."""
     ratios: list[float] = []
     for index, levels in enumerate(held_out):
-        high = pictures.cut(levels, scale)
+        height, width = (length // scale * scale for length in levels.shape[:2])
+        high = levels[:height, :width]
         low = degrade(high, scale, np.random.default_rng(index))
         with torch.inference_mode():
-            made = forward(model, pictures.tensor([low]))[0]
-        error = made.clamp(0, 1).permute(1, 2, 0).numpy() - high / 255
+            made = forward(model, pictures.tensor([low]).to(device(model)))[0]
+        error = made.clamp(0, 1).permute(1, 2, 0).cpu().numpy() - high / 255
         ratios.append(float(-10 * np.log10((error**2).mean())))
     return float(np.mean(ratios))
 

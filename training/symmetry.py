@@ -38,7 +38,7 @@ class Symmetry:
         if features % len(_POSES):
             raise ValueError(f"A symmetric network has a multiple of {len(_POSES)} features, not {features}.")
         self._places = {
-            name: torch.stack(list(_places(values, name.split(".")[1], model)))
+            name: torch.stack(list(_places(values, name.split(".")[1], model))).to(values.device)
             for name, values in model.named_parameters()
         }
 
@@ -50,7 +50,7 @@ class Symmetry:
         """
         for name, values in model.state_dict().items():
             if not torch.allclose(self.project(name, values), values, atol=1e-3):
-                raise ValueError(f"A symmetric training cannot begin with weights that are not: {name}.")
+                raise ValueError(f"Training cannot begin with weights that are not symmetric: {name}.")
 
     def project(self, name: str, values: Tensor) -> Tensor:
         """Give of a parameter, or of its gradient, the part that keeps to it: the mean over all poses."""
