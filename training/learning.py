@@ -28,8 +28,8 @@ _SQUARED = 10.0
 
 _PATCHES = 8
 
-_LONGEST = 0.1
-"""How long a gradient may be. Squares make some very long: most of photographs had 0.1, one of drawings 36."""
+_LONGEST_GRADIENT = 0.1
+"""Longer ones are cut. Squares make some very long: most of photographs had 0.1, one of drawings 36."""
 
 _WARM_UP = 200
 _DECAY = 0.95
@@ -108,7 +108,7 @@ class Learner:
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         for name, weight in self.model.named_parameters():
             weight.grad.copy_(self._symmetry.project(name, weight.grad))
-        nn.utils.clip_grad_norm_(self.model.parameters(), _LONGEST)
+        nn.utils.clip_grad_norm_(self.model.parameters(), _LONGEST_GRADIENT)
         self._optimiser.advance(_pace(self.step, self.plan))
         kept = min(_AVERAGED, self.step / (self.step + 10))
         for name, value in self.model.state_dict().items():

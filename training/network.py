@@ -61,6 +61,7 @@ def _make_symmetric(model: Any) -> None:
 
 
 def device(model: Any) -> torch.device:
+    """Tell where the weights are, and what they are given has to be."""
     return model.body[0].weight.device
 
 

@@ -1,6 +1,7 @@
 """The pictures that a network learns from: pairs of one as it should be and one as the network gets it."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +125,9 @@ def tensor(patches: Sequence[Levels]) -> Tensor:
     return torch.from_numpy(planes).to(torch.float32) / 255  # pyright: ignore[reportUnknownMemberType]
 
 
+@cache
 def drawn(count: int, side: int, seed: int) -> list[Levels]:
-    """Draw `count` pictures."""
+    """Draw `count` pictures, once for all networks."""
     return [draw(np.random.default_rng([seed, index]), side) for index in range(count)]
 
 

@@ -253,7 +253,7 @@ def test_a_training_that_would_begin_with_weights_that_are_not_symmetric_is_refu
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("longest", [1e-3, 1e-2])
 def test_no_gradient_is_longer_than_it_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: float) -> None:
-    monkeypatch.setattr(learning, "_LONGEST", longest)
+    monkeypatch.setattr(learning, "_LONGEST_GRADIENT", longest)
     model = make(2, 0, 4)
     list(Learner(model, Plan(2, 1, 0, side=16), tmp_path / "checkpoint").learn(pool(), pool()))
     squares = sum(float((weight.grad**2).sum()) for weight in model.parameters())
